@@ -1,0 +1,55 @@
+# make setup   create .venv and install the pinned, hashed requirements and the project
+# make demo    the whole main job on procedural ultrasound; prints the path of a report
+# make test    every test that needs no GPU
+# make lint    format, lint, types
+# make bench   benchmarks at tiny width, results in benchmarks/results/
+# make soak    long fault campaigns, outside CI
+# make lock    resolve the requirements again
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+COMPILE := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+           --no-emit-index-url --no-annotate --no-header
+
+.PHONY: setup demo test lint bench soak lock clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 setup")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/factory demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu" tests
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/synthesis.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/overhead.py
+
+soak: setup
+	FACTORY_KILL_RUNS=200 $(BIN)/python -m pytest tests/storage -k kill
+
+lock: setup
+	$(COMPILE) pyproject.toml --extra cpu -o requirements/cpu.txt
+	$(COMPILE) pyproject.toml --extra gpu -o requirements/gpu.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra dev --extra browse -o requirements/browse.txt
+	echo uv | $(COMPILE) - -o requirements/uv.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info

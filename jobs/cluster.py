@@ -1,0 +1,100 @@
+"""Starting Ray, or joining a cluster that runs: the one place that decides how.
+
+Every job takes the same `--address` and `--num-cpus`. Without an address a private Ray starts on this
+machine (a stale session left by a killed one is never joined) and ends with the process.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600
+"""Ray Data fails a job that makes no progress for this long. Its default of 30 minutes would fail a job that
+waits for GPUs to be granted or that computes one large batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayHandle:
+    """A started or joined Ray: its CPUs and GPUs, and how long the start took."""
+
+    num_cpus: float
+    num_gpus: float
+    seconds: float
+    joined: bool
+
+
+def is_ray_running() -> bool:
+    """Whether this process already holds a Ray connection."""
+    import ray
+
+    return ray.is_initialized()
+
+
+def connect(address: str | None = None, num_cpus: int | None = None, dashboard: bool = False) -> RayHandle:
+    """Join the Ray at `address`, or the one this process already holds, or start a private one.
+
+    Args:
+        address: "auto", "host:port" or None. `RAY_ADDRESS` is honoured, so a submitted job joins its cluster.
+        num_cpus: CPUs of a private Ray; all of the machine's by default. Not for a joined cluster.
+        dashboard: whether a private Ray serves its dashboard (on loopback).
+
+    Raises:
+        ConnectionError: no cluster answers at `address`.
+    """
+    import ray
+
+    start = time.perf_counter()
+    address = address or os.environ.get("RAY_ADDRESS")
+    joined = ray.is_initialized() or bool(address)
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        options = {"log_to_driver": False, "logging_level": "ERROR"}
+        if address:
+            ray.init(address=address, **options)
+        else:
+            # Without a dashboard there is no agent to answer for metrics either.
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                **options,
+            )
+    resources = ray.cluster_resources()
+    return RayHandle(
+        num_cpus=resources.get("CPU", 0.0),
+        num_gpus=resources.get("GPU", 0.0),
+        seconds=time.perf_counter() - start,
+        joined=joined,
+    )
+
+
+@contextlib.contextmanager
+def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[RayHandle]:
+    """`connect`, and shut down at the end if this call started it."""
+    import ray
+
+    held_before = ray.is_initialized()
+    handle = connect(address, num_cpus)
+    try:
+        yield handle
+    finally:
+        if not held_before:
+            ray.shutdown()
+
+
+def configure_data(preserve_order: bool = False) -> None:
+    """Ray Data settings every job wants; must run before a Dataset is made."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = preserve_order
+    context.execution_options.verbose_progress = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_operator_progress_bars = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_SECONDS

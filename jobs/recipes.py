@@ -1,0 +1,73 @@
+"""What recipes there are, and everything one of them says.
+
+factory recipes
+factory recipes show tiny
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from factory.recipes import RECIPES
+from jobs.recipe_args import parse_recipe
+
+
+def _lines(value: Any, indent: int = 0) -> Iterator[str]:
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        pad = "  " * indent
+        if dataclasses.is_dataclass(item):
+            yield f"{pad}{field.name}: {type(item).__name__}"
+            yield from _lines(item, indent + 1)
+        elif isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
+            for position, member in enumerate(item):
+                yield f"{pad}{field.name}.{position}: {type(member).__name__}"
+                yield from _lines(member, indent + 1)
+        else:
+            yield f"{pad}{field.name} = {item!r}"
+
+
+def _availability(base: str) -> str:
+    """Whether the base checkpoint is on this machine, without asking the network."""
+    from pathlib import Path
+
+    if base == "tiny":
+        return "shipped"
+    if Path(base).is_dir():
+        return "local folder"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(base, "model_index.json"), str)
+    return "in the hub cache" if cached else "not on this machine (downloaded from the hub on first use)"
+
+
+def command(argv: Sequence[str]) -> int:
+    """`factory recipes` and `factory recipes show NAME [overrides]`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if argv:
+        if argv[0] != "show" or len(argv) < 2:
+            raise ValueError(f"factory recipes {' '.join(argv)}: want nothing or `show NAME`")
+        recipe = parse_recipe(argv[1], argv[2:])
+        print("\n".join(_lines(recipe)))
+        print(f"fingerprint = {recipe.fingerprint}")
+        return 0
+    table = Table(show_lines=True)
+    for heading in ("recipe", "what", "paper", "conditioning", "trains", "needs"):
+        table.add_column(heading)
+    for name, make in RECIPES.items():
+        recipe = make()
+        generator = recipe.generator
+        trains = f"UNet {generator.trainable.unet}" + (
+            " + ControlNet" if generator.trainable.controlnet else ""
+        )
+        needs = f"base {generator.base}: {_availability(generator.base)}"
+        table.add_row(
+            name, recipe.summary, recipe.paper, type(generator.conditioning).__name__, trains, needs
+        )
+    Console().print(table)
+    return 0

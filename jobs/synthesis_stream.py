@@ -1,0 +1,198 @@
+"""The Ray Data stream of `factory synthesize`: stages of factory.synthesis in tasks and actor pools.
+
+    indices ▶ masks and prompts (tasks) ▶ Synthesizer pool ▶ Embedder pool ▶ fragment writers (tasks) ▶ driver
+
+Each block holds one batch, so a retried task repeats one batch. The writers leave data files and ledger
+records; the driver alone commits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from factory.synthesis.stages import (
+    FinishSettings,
+    FinishStage,
+    RequestStage,
+    SynthesisStage,
+    SynthesizerSettings,
+)
+
+CPUS_PER_TASK = 0.1
+"""Mask, prompt and writer tasks are short; the small share keeps them from waiting for the actors' CPUs."""
+MAX_BLOCKS = 20_000
+"""Blocks of one stream: past this the driver's bookkeeping per block outweighs finer retries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """Where the stream runs and how wide: execution only."""
+
+    num_synthesizers: int = 1
+    num_embedders: int = 1
+    gpus_per_synthesizer: float = 0.0
+    cpus_per_synthesizer: float = 0.9
+    gpus_per_embedder: float = 0.0
+    cpus_per_embedder: float = 0.3
+    batch_size: int
+    rows_per_fragment: int = 64
+    max_tries: int = 3
+
+    @property
+    def cpus(self) -> float:
+        """CPUs that the actor pools hold for the whole job."""
+        return self.num_synthesizers * self.cpus_per_synthesizer + self.num_embedders * self.cpus_per_embedder
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that the actor pools hold for the whole job."""
+        return self.num_synthesizers * self.gpus_per_synthesizer + self.num_embedders * self.gpus_per_embedder
+
+    def check(self, cluster_cpus: float, cluster_gpus: float) -> None:
+        """Refuse what would wait for ever.
+
+        Raises:
+            ValueError: the pools need all CPUs (so that no task could ever run) or more GPUs than there are.
+        """
+        if self.cpus + CPUS_PER_TASK > cluster_cpus:
+            raise ValueError(
+                f"num_synthesizers={self.num_synthesizers}: the actor pools hold {self.cpus:.1f} CPUs of "
+                f"{cluster_cpus:.0f}, and no task could run beside them; use fewer synthesizers or more CPUs"
+            )
+        if self.gpus > cluster_gpus:
+            raise ValueError(
+                f"the actor pools need {self.gpus:.1f} GPUs and the cluster has {cluster_gpus:.0f}; "
+                "use fewer synthesizers, a smaller --gpus-per-synthesizer, or --device cpu"
+            )
+
+
+class _SynthesisActor:
+    """SynthesisStage with the intent log that traces a process death to one request."""
+
+    def __init__(self, settings: SynthesizerSettings, plan: Any, uri: str, max_tries: int) -> None:
+        from factory.storage import IntentLog
+
+        intents = IntentLog(uri, plan.plan_id, max_tries=max_tries)
+        self.stage = SynthesisStage(settings, plan, intents)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self.stage(batch)
+
+
+class _FinishActor:
+    def __init__(self, settings: FinishSettings) -> None:
+        self.stage = FinishStage(settings)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self.stage(batch)
+
+
+def request_source(missing: np.ndarray, stage: Any) -> Any:
+    """The Ray Data source of the stream: each read task draws masks and prompts for its share of `missing`.
+
+    Args:
+        missing: request indices, int64.
+        stage: reference to the RequestStage in the object store.
+    """
+    import ray
+    from ray.data.block import BlockMetadata
+
+    class Requests(ray.data.Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[ray.data.ReadTask]:
+            return [_read_task(share) for share in np.array_split(missing, parallelism)]
+
+    def _read_task(share: np.ndarray) -> ray.data.ReadTask:
+        metadata = BlockMetadata(num_rows=len(share), size_bytes=None, input_files=None, exec_stats=None)
+        return ray.data.ReadTask(lambda: [ray.get(stage)(share)], metadata)
+
+    return Requests()
+
+
+def write_rows(batch: pa.Table, *, uri: str, plan_id: str, run_id: str) -> pa.Table:
+    """Write finished rows as fragments with their ledger record; errors go to quarantine.
+
+    Returns one row: the record as JSON (empty where every request failed) and the accounts of the batch.
+    """
+    from factory.storage import QuarantineLog, write_fragment
+
+    failed = batch.filter(pc.is_valid(batch["error"]))
+    made = batch.filter(pc.is_null(batch["error"]))
+    quarantine = QuarantineLog(uri, plan_id)
+    for row in failed.select(["request_id", "request_index", "error", "error_reason"]).to_pylist():
+        quarantine.add(row["request_id"], row["request_index"], row["error_reason"], row["error"], tries=1)
+    record = None
+    if made.num_rows:
+        rows = made.drop_columns(["seconds", "error", "error_reason"])
+        record = write_fragment(uri, rows, run_id=run_id)
+    return pa.Table.from_pylist(
+        [
+            {
+                "record": "" if record is None else record.to_json(),
+                "made": made.num_rows,
+                "quarantined": failed.num_rows,
+                "busy_seconds": float(pc.sum(made["seconds"]).as_py() or 0.0),
+                "last_error": failed["error"][0].as_py() if failed.num_rows else "",
+            }
+        ]
+    )
+
+
+def stream(
+    missing: np.ndarray,
+    request_stage: RequestStage,
+    synthesizer: SynthesizerSettings,
+    finish: FinishSettings,
+    settings: StreamSettings,
+    *,
+    uri: str,
+    run_id: str,
+) -> Iterator[dict[str, Any]]:
+    """Run the stream over the missing request indices; yields what `write_rows` returns, as it comes."""
+    import ray
+
+    plan = request_stage.plan
+    num_blocks = min(-(-len(missing) // settings.batch_size), MAX_BLOCKS)
+    rows_per_fragment = min(settings.rows_per_fragment, max(settings.batch_size, len(missing)))
+    # A read task asks for a whole CPU by default, which the actor pools may leave nobody.
+    source = ray.data.read_datasource(
+        request_source(missing, ray.put(request_stage)),
+        override_num_blocks=num_blocks,
+        ray_remote_args={"num_cpus": CPUS_PER_TASK},
+    )
+    dataset = (
+        source.map_batches(
+            _SynthesisActor,
+            fn_constructor_args=(synthesizer, plan, uri, settings.max_tries),
+            batch_size=settings.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=settings.num_synthesizers),
+            num_cpus=settings.cpus_per_synthesizer,
+            num_gpus=settings.gpus_per_synthesizer or None,
+        )
+        .map_batches(
+            _FinishActor,
+            fn_constructor_args=(finish,),
+            batch_size=settings.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=settings.num_embedders),
+            num_cpus=settings.cpus_per_embedder,
+            num_gpus=settings.gpus_per_embedder or None,
+        )
+        .map_batches(
+            write_rows,
+            fn_kwargs={"uri": uri, "plan_id": plan.plan_id, "run_id": run_id},
+            batch_size=rows_per_fragment,
+            batch_format="pyarrow",
+            num_cpus=CPUS_PER_TASK,
+        )
+    )
+    yield from dataset.iter_rows()
