@@ -69,10 +69,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, resolution = "tiny", 128
         if args.width == "sd15":
-            from make_random_base import make_random_base
+            from factory.assets.base_models import write_random_base
 
             base, resolution = str(Path(folder) / "base"), 512
-            make_random_base("sd15", Path(base))
+            write_random_base(Path(base), "sd15", dtype=torch.float16, seed=0)
         generator = LatentDiffusion(
             base=base,
             conditioning=TextAndMask(),

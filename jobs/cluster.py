@@ -5,8 +5,10 @@ machine (a stale session left by a killed one is never joined) and ends with the
 """
 
 import contextlib
+import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,12 +53,14 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        # At its default level every actor pool prints an "error" about constructor arguments (ray#53727).
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Lance warns at every fork; Ray's are followed by an exec.
+        warnings.filterwarnings("ignore", message="lance is not fork-safe")
         options = {"log_to_driver": False, "logging_level": "ERROR"}
         if address:
             ray.init(address=address, **options)
         else:
-            # Without a dashboard there is no agent to answer for metrics either.
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -91,6 +95,8 @@ def configure_data(preserve_order: bool = False) -> None:
     """Ray Data settings every job wants; must run before a Dataset is made."""
     import ray
 
+    for name in ("ray.data", "ray.data._internal"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = preserve_order
     context.execution_options.verbose_progress = False

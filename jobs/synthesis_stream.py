@@ -166,7 +166,7 @@ def stream(
     source = ray.data.read_datasource(
         request_source(missing, ray.put(request_stage)),
         override_num_blocks=num_blocks,
-        ray_remote_args={"num_cpus": CPUS_PER_TASK},
+        num_cpus=CPUS_PER_TASK,
     )
     dataset = (
         source.map_batches(

@@ -14,6 +14,8 @@ RANK = {
     "schemas": 0,
     "factory.geometry": 1,
     "factory.imaging": 1,
+    "factory.redaction": 1,
+    "factory.version": 1,
     "factory.datasets": 3,
     "factory.storage": 2,
     "factory.tracking": 2,
