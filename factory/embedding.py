@@ -9,6 +9,7 @@ never happen. Name, digest of the weights and preprocessing travel with every ta
 Importing this file imports neither torch nor transformers.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from schemas.identity import digest_file, digest_files, execution_field, hash_pa
 SHIPPED = Path(__file__).parent / "assets" / "embedder"
 BATCH_SIZE = 32
 _KINDS = ("tiny", "dinov2", "timm")
+_DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class EmbedderSpec:
         Raises:
             ValueError: naming both.
         """
-        if (self.name, self.weights_digest, self.size) != (other.name, other.weights_digest, other.size):
+        if dataclasses.replace(self, weights=None) != dataclasses.replace(other, weights=None):
             raise ValueError(
                 f"{where}: embedder {other.name} ({other.weights_digest[:8]}, {other.size} px) does not compare with "
                 f"{self.name} ({self.weights_digest[:8]}, {self.size} px); run `factory embed` or prepare again"
@@ -175,15 +177,24 @@ def _dinov2_folder(name: str) -> Path:
 def _load_dinov2(
     embedder: ImageEmbedder, folder: Path, device: str, num_threads: int | None
 ) -> LoadedEmbedder:
-    from transformers import Dinov2Model
+    import torch
+    from transformers import AutoModel
 
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"embedder {embedder.name}: {weights} is missing; only safetensors are read")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind not in _DINOV2_TYPES:
+        raise ValueError(
+            f"embedder {embedder.name}: {folder / 'config.json'} is of a {kind!r} model, want {' or '.join(_DINOV2_TYPES)}"
+        )
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     crop = processor.get("crop_size") or processor["size"]
     size = int(crop.get("height") or crop["shortest_edge"])
-    model, loading = Dinov2Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    # In single precision whatever the file holds: half precision would be slow and inexact on a CPU.
+    model, loading = AutoModel.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+    )
     if loading["missing_keys"]:
         raise ValueError(f"embedder {embedder.name}: {weights} lacks {sorted(loading['missing_keys'])[:3]}")
     model = model.eval().to(device)
@@ -219,6 +230,10 @@ def _load_timm(embedder: ImageEmbedder, rest: str, device: str, num_threads: int
             model_name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **options
         )
     except Exception as error:
+        if isinstance(error, TypeError) and options:
+            raise ValueError(
+                f"embedder {embedder.name!r}: {model_name} takes no such option: {error}"
+            ) from error
         if embedder.weights is not None:
             raise ValueError(
                 f"embedder weights {embedder.weights} do not fit {model_name}: {error}"

@@ -24,9 +24,13 @@ from factory.redaction import redact
 if TYPE_CHECKING:
     from factory.report import StageTime
     from factory.tracking import Run
-    from jobs.demo_report import DemoPaths
+    from jobs.cluster import RayHandle
+    from jobs.curate import CurationResult
+    from jobs.demo_report import DemoPaths, DemoResults
+    from jobs.synthesize import SynthesisResult
 
 RECIPE = "tiny"
+SHEET_IMAGES = 32
 STATE_FILE = "demo.json"
 _MADE = ("real.lance", "generator", "synthetic.lance", "report.html", "accepted.png", STATE_FILE)
 
@@ -78,7 +82,7 @@ class DemoResult:
 
     report: Path
     stages: "tuple[StageTime, ...]"
-    synthesis: Any
+    synthesis: "SynthesisResult"
 
 
 def open_folder(args: Args) -> Path:
@@ -148,34 +152,43 @@ class Stage:
 
 
 class RayInBackground:
-    """Ray starting in a thread while the main thread does other work."""
+    """Ray starting in a thread of its own while the main thread does other work.
+
+    The thread lives until `close`: Ray asks the kernel to kill its processes when their parent dies, and for the
+    kernel the parent is the thread that started them.
+    """
 
     def __init__(self, num_cpus: int | None) -> None:
         self._num_cpus = num_cpus
-        self._stack = contextlib.ExitStack()
+        self._started, self._finished = threading.Event(), threading.Event()
+        self._handle: RayHandle | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._start, name="start-ray", daemon=True)
+        self._thread = threading.Thread(target=self._hold, name="ray", daemon=True)
         self._thread.start()
 
-    def _start(self) -> None:
+    def _hold(self) -> None:
         try:
             from jobs.cluster import start_ray
 
-            self.handle = self._stack.enter_context(start_ray(num_cpus=self._num_cpus))
+            with start_ray(num_cpus=self._num_cpus) as self._handle:
+                self._started.set()
+                self._finished.wait()
         except BaseException as error:
             self._error = error
+        finally:
+            self._started.set()
 
-    def wait(self) -> Any:
+    def wait(self) -> "RayHandle":
         """The handle, once Ray runs; raises what the start raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self.handle
+        self._started.wait()
+        if self._handle is None:
+            raise self._error or RuntimeError("Ray did not start")
+        return self._handle
 
     def close(self) -> None:
         """Shut down what was started."""
+        self._finished.set()
         self._thread.join()
-        self._stack.close()
 
 
 def run(args: Args) -> DemoResult:
@@ -209,45 +222,26 @@ def _import_libraries() -> None:
 
 
 def _run_verbs(args: Args, out: Path, clock: Clock, ray: RayInBackground, tracked: "Run") -> DemoResult:
-    from jobs import curate, query, synthesize, train
-    from jobs.demo_report import DemoPaths
+    from jobs.demo_report import DemoPaths, DemoResults
 
     paths = DemoPaths(out=out)
-    real, generator, synthetic = str(paths.real), str(paths.generator), str(paths.synthetic)
     with clock.stage("prepare") as stage:
         stage.about = _prepare(args, paths)
         handle = ray.wait()
         print(f"Ray: {handle.num_cpus:g} CPUs, {handle.num_gpus:g} GPUs, started in {handle.seconds:.1f} s")
     with clock.stage("train") as stage:
-        train_args = train.Args(
-            recipe=RECIPE, real=real, out=generator, max_steps=args.max_steps, num_workers=0
-        )
-        trained = train.run(train_args)
-        num_steps = trained.steps - trained.start_step
-        stage.about = (
-            f"{num_steps} steps, {trained.steps_per_second:.1f} it/s" if num_steps else "done before"
-        )
+        stage.about = _train(args, paths)
     with clock.stage("synthesize") as stage:
-        synthesis = synthesize.run(
-            synthesize.Args(
-                recipe=RECIPE,
-                generator=generator,
-                real=real,
-                out=synthetic,
-                num_requests=args.num_requests,
-                seed=args.seed,
-            )
-        )
-        assert synthesis is not None
-        print(synthesis.line)
+        synthesis = _synthesize(args, paths)
         stage.fixed = synthesis.startup_seconds
         rate = f"{synthesis.made} images, {synthesis.images_per_second:.1f} images/s"
         stage.about = rate if synthesis.made else "done before"
     with clock.stage("curate"):
-        curate.run(curate.Args(table=synthetic, real=real))
+        curation = _curate(paths)
     with clock.stage("query"):
-        query.run(query.Args(table=synthetic, filter="accepted", contact_sheet=str(paths.sheet), limit=32))
-    path = _write_report(args, paths, clock, synthesis)
+        _query(paths)
+    with clock.stage("report"):
+        path = _write_report(args, paths, clock, DemoResults(synthesis=synthesis, curation=curation))
     tracked.metrics({f"seconds.{stage.name}": stage.seconds for stage in clock.stages})
     tracked.metrics({"seconds.fixed": sum(stage.fixed for stage in clock.stages)})
     tracked.artifact(path)
@@ -262,9 +256,77 @@ def _prepare(args: Args, paths: "DemoPaths") -> str:
         print(f"{paths.real} is there already")
         return "done before"
     layout, *path = args.data
-    options = {"num_images": args.num_images} if layout == "phantom" else {"path": path[0]}
-    prepare.run(prepare.Args(layout=layout, out=str(paths.real), seed=args.seed, **options))
-    return ""
+    result = prepare.run(
+        prepare.Args(
+            layout=layout,
+            path=path[0] if path else "",
+            num_images=args.num_images if layout == "phantom" else None,
+            out=str(paths.real),
+            seed=args.seed,
+        )
+    )
+    prepare.print_result(result)
+    return f"{result.summary.num_images} images"
+
+
+def _train(args: Args, paths: "DemoPaths") -> str:
+    from jobs import train
+
+    arguments = train.Args(
+        recipe=RECIPE,
+        real=str(paths.real),
+        out=str(paths.generator),
+        max_steps=args.max_steps,
+        num_workers=0,
+    )
+    summary = train.run(arguments)
+    train.print_summary(arguments, summary)
+    num_steps = summary.steps - summary.start_step
+    return f"{num_steps} steps, {summary.steps_per_second:.1f} it/s" if num_steps else "done before"
+
+
+def _synthesize(args: Args, paths: "DemoPaths") -> "SynthesisResult":
+    from jobs import synthesize
+
+    arguments = synthesize.Args(
+        recipe=RECIPE,
+        generator=str(paths.generator),
+        real=str(paths.real),
+        out=str(paths.synthetic),
+        num_requests=args.num_requests,
+        seed=args.seed,
+    )
+    result = synthesize.run(arguments)
+    assert result is not None  # it is None with --plan only
+    synthesize.print_result(arguments, result)
+    return result
+
+
+def _curate(paths: "DemoPaths") -> "CurationResult":
+    from jobs import curate
+
+    result = curate.run(curate.Args(table=str(paths.synthetic), real=str(paths.real)))
+    curate.print_result(result)
+    return result
+
+
+def _query(paths: "DemoPaths") -> None:
+    """A filter into a contact sheet, and the rows most like one of those that pass."""
+    from factory.storage import open_table
+    from jobs import query
+
+    synthetic = str(paths.synthetic)
+    found = open_table(synthetic).query("accepted", columns=["request_id"], limit=1)["request_id"].to_pylist()
+    if not found:
+        print("no row is accepted; see the reject reasons in the report")
+        return
+    print(f'$ factory query {synthetic} "accepted" --limit {SHEET_IMAGES} --contact-sheet {paths.sheet}')
+    asked = query.Args(table=synthetic, filter="accepted", limit=SHEET_IMAGES, contact_sheet=str(paths.sheet))
+    result = query.run(asked)
+    print(f"{result.matching} rows match; wrote {', '.join(result.written)}")
+    columns = "request_id,label_name,accepted,nearest_real_similarity"
+    print(f"\n$ factory query {synthetic} --like {found[0][:12]} -k 5 --columns {columns}")
+    print(query.run(query.Args(table=synthetic, like=found[0], k=5, columns=columns)).text)
 
 
 def next_commands(args: Args, paths: "DemoPaths", label: str, request_id: str) -> dict[str, str]:
@@ -287,7 +349,7 @@ def next_commands(args: Args, paths: "DemoPaths", label: str, request_id: str) -
     }
 
 
-def _write_report(args: Args, paths: "DemoPaths", clock: Clock, synthesis: Any) -> Path:
+def _write_report(args: Args, paths: "DemoPaths", clock: Clock, results: "DemoResults") -> Path:
     from factory.report import html_report
     from factory.version import code_version
     from jobs.demo_report import read_rows, sections
@@ -299,9 +361,9 @@ def _write_report(args: Args, paths: "DemoPaths", clock: Clock, synthesis: Any) 
     example = (rows.accepted or rows.synthetic)[0]["request_id"][:12]
     return html_report(
         paths.report,
-        sections(paths, rows, clock.stages, synthesis, next_commands(args, paths, label, example)),
+        sections(paths, rows, clock.stages, results, next_commands(args, paths, label, example)),
         title="Synthetic data factory: demo",
-        subtitle=f"{synthesis.committed} annotated images made from {what} by recipe {RECIPE}.",
+        subtitle=f"{results.synthesis.committed} annotated images made from {what} by recipe {RECIPE}.",
         footer=f"factory {code_version()} · {time.strftime('%Y-%m-%d %H:%M')} · Images for trying out the software; "
         "no medical use.",
     )

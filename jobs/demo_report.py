@@ -8,13 +8,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from factory import report
 from factory.imaging import decode_png
 from schemas.sample import SPLITS
+
+if TYPE_CHECKING:
+    from factory.curation.planted import Power
+    from jobs.curate import CurationResult
+    from jobs.synthesize import SynthesisResult
 
 NUM_REAL, NUM_ACCEPTED, NUM_REJECTED, NUM_PAIRS = 16, 32, 16, 6
 NEAR_COPY = "near_copy_of_real"
@@ -50,6 +55,14 @@ class DemoPaths:
     @property
     def report(self) -> Path:
         return self.out / "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResults:
+    """What two of the verbs returned, for what no table holds: rates, correlations, the copy test's power."""
+
+    synthesis: "SynthesisResult"
+    curation: "CurationResult"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +108,7 @@ def sections(
     paths: DemoPaths,
     rows: Rows,
     stages: Sequence[report.StageTime],
-    synthesis: Any,
+    results: DemoResults,
     commands: Mapping[str, str],
 ) -> list[report.Section]:
     """Every section of the page.
@@ -104,11 +117,12 @@ def sections(
         paths: of the demo.
         rows: of its tables.
         stages: timings, in order.
-        synthesis: `jobs.synthesize.SynthesisResult` of this run.
+        results: of the verbs.
         commands: what to run next.
     """
+    synthesis = results.synthesis
     found: list[report.Section] = [
-        _summary(rows, synthesis, stages),
+        _summary(rows, results, stages),
         _real_gallery(rows),
         _accepted_gallery(rows),
         _rejected_gallery(rows),
@@ -131,7 +145,7 @@ def sections(
             tone="bad",
         ),
         *_training(paths),
-        *_similarity(rows),
+        *_similarity(rows, results.curation),
         report.Timings(
             title="Time",
             note="Fixed time does not grow with the number of images: imports, starting Ray, making the tracking "
@@ -180,7 +194,8 @@ def balanced(
     return sorted(chosen[:limit], key=lambda row: (str(row[key]), order[id(row)]))
 
 
-def _summary(rows: Rows, synthesis: Any, stages: Sequence[report.StageTime]) -> report.Cards:
+def _summary(rows: Rows, results: DemoResults, stages: Sequence[report.StageTime]) -> report.Cards:
+    synthesis, power = results.synthesis, results.curation.power
     share = len(rows.accepted) / max(len(rows.synthetic), 1)
     copies = sum(row["reject_reason"] == NEAR_COPY for row in rows.synthetic)
     quarantined = sum(synthesis.quarantined.values())
@@ -204,7 +219,8 @@ def _summary(rows: Rows, synthesis: Any, stages: Sequence[report.StageTime]) -> 
         report.Card(
             label="copies of real images",
             value=str(copies),
-            about="found by registered crops, and rejected",
+            about="found and rejected"
+            + ("" if power is None else f"; planted copies found: {_found(power)}"),
             tone="warn" if copies else "good",
         ),
         report.Card(
@@ -225,6 +241,13 @@ def _summary(rows: Rows, synthesis: Any, stages: Sequence[report.StageTime]) -> 
             )
         )
     return report.Cards(title="Summary", cards=cards)
+
+
+def _found(power: "Power") -> str:
+    """Least and greatest share of planted copies found, over the kinds of change."""
+    shares = power.detected.values()
+    least, greatest = min(shares), max(shares)
+    return f"{greatest:.0%}" if least == greatest else f"{least:.0%} to {greatest:.0%}"
 
 
 def _real_gallery(rows: Rows) -> report.Gallery:
@@ -282,17 +305,19 @@ def leave_group_out(embeddings: np.ndarray, groups: Sequence[str]) -> np.ndarray
     return greatest[np.isfinite(greatest)]
 
 
-def _similarity(rows: Rows) -> list[report.Section]:
+def _similarity(rows: Rows, curation: "CurationResult") -> list[report.Section]:
     compared = [row for row in rows.synthetic if row["nearest_real_similarity"] is not None]
     if not compared:
         return []
-    by_id = {row["image_id"]: row for row in rows.real}
-    compared.sort(key=lambda row: -row["nearest_real_similarity"])
+    real_by_id = {row["image_id"]: row for row in rows.real}
+    by_id = {row["request_id"]: row for row in compared}
     pairs = []
-    for row in compared[:NUM_PAIRS]:
-        real = by_id[row["nearest_real"]]
+    for found in curation.pairs[:NUM_PAIRS]:
+        row, real = by_id[found.request_id], real_by_id[found.image_id]
         image, mask = _pixels(row)
         real_image, real_mask = _pixels(real)
+        verdict = "accepted" if row["accepted"] else row["reject_reason"]
+        tested = "" if found.correlation is None else f"crops correlate {found.correlation:.2f} · "
         pairs.append(
             report.Pair(
                 synthetic=image,
@@ -301,8 +326,8 @@ def _similarity(rows: Rows) -> list[report.Section]:
                 real_mask=real_mask,
                 synthetic_caption=f"synthetic {row['label_name']}\n{row['request_id'][:8]}",
                 real_caption=f"real {real['label_name']}\n{real['image_id'][:8]}",
-                similarity=row["nearest_real_similarity"],
-                verdict="accepted" if row["accepted"] else row["reject_reason"],
+                similarity=found.similarity,
+                verdict=f"{tested}{verdict}",
             )
         )
     embeddings = np.array([row["embedding"] for row in rows.real], np.float32)
@@ -311,7 +336,8 @@ def _similarity(rows: Rows) -> list[report.Section]:
     return [
         report.Pairs(
             title="Nearest real images",
-            note="The synthetic images that are most like a real training image, each beside that image.",
+            note="The synthetic images that come nearest to a real training image, each beside that image: copies "
+            "first, if there are any.",
             pairs=pairs,
         ),
         report.Plot(

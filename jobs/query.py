@@ -199,7 +199,7 @@ def _like(table: "Table", like: str, filter: str | None) -> "tuple[np.ndarray, s
 
 
 def _embed_file(table: "Table", path: Path) -> "np.ndarray":
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from factory.embedding import EmbedderSpec
 
@@ -212,7 +212,7 @@ def _embed_file(table: "Table", path: Path) -> "np.ndarray":
             if image.mode not in ("L", "1", "P", "RGB", "RGBA", "LA"):
                 raise ValueError(f"--like {path}: {image.mode} pixels; want an 8-bit grey or RGB image")
             pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except UnidentifiedImageError as fault:
+    except OSError as fault:  # also what Pillow raises for a file that is no image, or truncated
         raise ValueError(f"--like {path}: not an image file that can be read") from fault
     spec = EmbedderSpec.from_json(table.metadata["embedder"])
     loaded = spec.embedder().load()

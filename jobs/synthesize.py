@@ -173,7 +173,6 @@ def prepare(args: Args) -> Prepared:
         ValueError, FileNotFoundError: an input is missing or does not fit, named with what to do.
     """
     from factory.embedding import EmbedderSpec
-
     from factory.generators.checkpoints import check_recipe, read_manifest
     from factory.imaging import decode_rows
     from factory.storage import class_names, open_table, real_digest, real_rows

@@ -10,15 +10,13 @@ Running the same command again after any interruption goes on from the last chec
 process; `--num-workers N` trains in N Ray workers.
 """
 
-import contextlib
 import dataclasses
-import json
-import threading
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 
@@ -31,11 +29,7 @@ from factory.training.task import (
     identity_of,
 )
 from jobs.recipe_args import parse_args, parse_recipe
-
-if TYPE_CHECKING:
-    from factory.tracking import Run
-
-_POLL_SECONDS = 1.0
+from jobs.train_progress import Watcher, follow, latest_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +166,11 @@ def run(args: Args) -> TrainingSummary:
     identity = identity_of(task)
     check_identity(task.out, identity)
     done_before = finished_step(task)
+    if done_before is not None and done_before > task.settings.max_steps:
+        raise ValueError(
+            f"--max-steps {task.settings.max_steps}: {task.out} is finished at step {done_before}; ask for more, choose "
+            "another --out, or --overwrite"
+        )
     if done_before == task.settings.max_steps:
         return TrainingSummary(
             out=task.out,
@@ -179,7 +178,7 @@ def run(args: Args) -> TrainingSummary:
             steps=done_before,
             seconds=time.perf_counter() - start,
             steps_per_second=0.0,
-            metrics=_latest(task.out),
+            metrics=latest_metrics(task.out),
             model=None,
         )
     return _train(args, task, recipe, identity, num_workers, use_gpu, start)
@@ -214,13 +213,13 @@ def _train(
             execution_parameters={**dataclasses.asdict(args), "workers": num_workers, "gpu": use_gpu},
             inputs={"real": {"uri": task.real, "version": task.real_version, "digest": identity["real"]}},
         ) as tracked,
-        _Watcher(task, tracked) as watcher,
+        Watcher(task, tracked) as watcher,
     ):
         if num_workers == 0:
             _fit_here(task, identity, use_gpu, watcher)
         else:
             _fit_in_workers(args, task, identity, num_workers, use_gpu, watcher)
-        metrics = _latest(task.out)
+        metrics = latest_metrics(task.out)
         model = tracked.register_generator(
             task.out, f"generator-{task.recipe}", {"steps": task.settings.max_steps, "real": identity["real"]}
         )
@@ -235,54 +234,9 @@ def _train(
     )
 
 
-def _latest(out: Path) -> dict[str, float]:
-    """The last value of every metric."""
-    from factory.training.metrics import read_metrics
-
-    latest: dict[str, float] = {}
-    for line in read_metrics(out):
-        latest |= {name: value for name, value in line.items() if name != "step"}
-    return latest
-
-
-class _Watcher:
-    """Hands metrics and previews to MLflow and the progress line, in the driver."""
-
-    def __init__(self, task: TrainingTask, tracked: "Run") -> None:
-        self._task, self._tracked = task, tracked
-        self._stack = contextlib.ExitStack()
-        self._advance: Callable[[int], None] | None = None
-        self._done = 0
-
-    def __enter__(self) -> "_Watcher":
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._stack.close()
-
-    def on_start(self, step: int) -> None:
-        """Begin the progress line, and give MLflow the whole curve where a run goes on."""
-        from factory.training.metrics import read_metrics
-        from jobs.progress import progress_bar
-
-        for line in read_metrics(self._task.out) if step else ():
-            if line["step"] <= step:
-                self._tracked.metrics({n: v for n, v in line.items() if n != "step"}, int(line["step"]))
-        self._done = step
-        self._advance = self._stack.enter_context(progress_bar("train", self._task.settings.max_steps - step))
-
-    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self._tracked.metrics(values, step)
-        if self._advance is not None and step > self._done:
-            self._advance(step - self._done)
-            self._done = step
-
-    def on_preview(self, step: int, path: Path) -> None:
-        self._tracked.artifact(path)
-
-
-def _fit_here(task: TrainingTask, identity: Mapping[str, Any], use_gpu: bool, watcher: _Watcher) -> None:
+def _fit_here(task: TrainingTask, identity: Mapping[str, Any], use_gpu: bool, watcher: Watcher) -> None:
     """Ray Train's local mode: the same trainer, this process, no cluster."""
+    import torch
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -292,11 +246,17 @@ def _fit_here(task: TrainingTask, identity: Mapping[str, Any], use_gpu: bool, wa
 
     def train_loop_per_worker() -> None:
         observer = Observer(
-            on_start=watcher.on_start, on_metrics=watcher.on_metrics, on_preview=watcher.on_preview
+            on_latents=watcher.on_latents,
+            on_start=watcher.on_start,
+            on_metrics=watcher.on_metrics,
+            on_preview=watcher.on_preview,
         )
         train_generator(task, identity, World(device="cuda" if use_gpu else "cpu"), observer)
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     TorchTrainer(train_loop_per_worker, scaling_config=ScalingConfig(num_workers=0, use_gpu=use_gpu)).fit()
+    if use_gpu:
+        torch.cuda.empty_cache()  # the next job of this process may want the GPU in another one
 
 
 def train_loop_per_worker(config: Mapping[str, Any]) -> None:
@@ -323,14 +283,14 @@ def _fit_in_workers(
     identity: Mapping[str, Any],
     num_workers: int,
     use_gpu: bool,
-    watcher: _Watcher,
+    watcher: Watcher,
 ) -> None:
     """Ray Train over `num_workers`. State lies in `task.out`, so restarted workers go on from its checkpoints.
 
     Ray Train's own checkpoint registry is not used: a worker that dies just after a report restarts from
     nothing there.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     from jobs.cluster import start_ray
@@ -363,61 +323,15 @@ def _fit_in_workers(
                 failure_config=FailureConfig(max_failures=args.max_failures),
             ),
         )
-        with _followed(task.out, watcher):
-            trainer.fit()
-
-
-@contextlib.contextmanager
-def _followed(out: Path, watcher: _Watcher) -> Iterator[None]:
-    """Reports what the workers append to the run's folder while the block runs."""
-    stop = threading.Event()
-    follower = _Follower(out, watcher)
-
-    def follow() -> None:
-        while not stop.wait(_POLL_SECONDS):
-            follower.poll()
-
-    thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        follower.poll()
-
-
-class _Follower:
-    """Reads new lines of `metrics.jsonl` and new previews; steps seen before (a restart's) are not repeated."""
-
-    def __init__(self, out: Path, watcher: _Watcher) -> None:
-        from factory.training.checkpoints import checkpoint_steps
-
-        self._out, self._watcher = out, watcher
-        self._seen = max(checkpoint_steps(out), default=0)
-        self._previews = set(self._grids())
-        self._started = False
-        self._reported: set[str] = set()
-
-    def _grids(self) -> list[Path]:
-        return sorted((self._out / "samples").glob("step-*.png"))
-
-    def poll(self) -> None:
-        from factory.training.metrics import read_metrics
-
-        lines = [line for line in read_metrics(self._out) if line["step"] > self._seen or not self._seen]
-        if lines and not self._started:
-            self._watcher.on_start(self._seen)
-            self._started = True
-        for line in lines:
-            key = json.dumps([line["step"], sorted(line)])
-            if key not in self._reported:
-                self._reported.add(key)
-                self._watcher.on_metrics(int(line["step"]), {n: v for n, v in line.items() if n != "step"})
-        for path in self._grids():
-            if path not in self._previews:
-                self._previews.add(path)
-                self._watcher.on_preview(int(path.stem.removeprefix("step-")), path)
+        with follow(task.out, watcher):
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                for failure in getattr(error, "worker_failures", {}).values():
+                    cause = getattr(failure, "_base_exc", failure)
+                    if isinstance(cause, ValueError):  # as it would be in this process
+                        raise ValueError(str(cause)) from error
+                raise
 
 
 def print_summary(args: Args, summary: TrainingSummary) -> None:

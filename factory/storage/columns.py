@@ -50,8 +50,8 @@ def write_columns(table: Table, values: pa.Table, key: str) -> Table:
             for tries_left in reversed(range(_TRIES)):
                 try:
                     return _write_once(table, values, key, names)
-                except CommitConflictError:
-                    if not tries_left:
+                except CommitConflictError as fault:
+                    if not tries_left or "Retryable" not in str(fault):
                         raise
         finally:
             lease.release()
@@ -77,7 +77,7 @@ def _write_once(table: Table, values: pa.Table, key: str, names: list[str]) -> T
     for fragment_id, rows in places:
         fragment = dataset.get_fragment(fragment_id)
         if fragment is None:
-            raise CommitConflictError(f"{table.uri}: fragment {fragment_id} was compacted meanwhile")
+            raise CommitConflictError(f"{table.uri}: Retryable: fragment {fragment_id} was compacted")
         metadata, fields = fragment.update_columns(values.take(rows), left_on=key, right_on=key)
         updated.append(metadata)
         modified.update(fields)

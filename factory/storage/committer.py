@@ -46,6 +46,10 @@ _LOG = logging.getLogger(__name__)
 _CONFLICT_RETRIES = 10
 
 
+class _Preempted(Exception):
+    """Another change of the table came first; the commit can be tried again on what is there now."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DroppedRecord:
     """A record that was not committed, and why; its requests are made again unless committed already."""
@@ -238,15 +242,19 @@ class Committer:
         )
 
     def _reload(self) -> None:
-        """Read from the table which requests are committed."""
-        self._dataset = open_table(self.uri, storage_options=self._storage_options).dataset
-        self._committed = IndexSet()
-        for indices in committed_indices(self._dataset, self.plan_id):
-            if self._committed.add(indices) != len(indices):
+        """Read from the table which requests are committed, and which columns its rows must have."""
+        dataset = open_table(self.uri, storage_options=self._storage_options).dataset
+        committed = IndexSet()
+        for indices in committed_indices(dataset, self.plan_id):
+            if committed.add(indices) != len(indices):
                 raise DuplicateRequests(
                     f"{self.uri}: a request_index of plan {self.plan_id} stands twice; two committers must "
                     "have run without a lease"
                 )
+        nullable = {field.name: field.nullable for field in dataset.schema}
+        fields = dataset.lance_schema.fields()
+        self._required = {field.name(): _numbers(field) for field in fields if not nullable[field.name()]}
+        self._dataset, self._committed = dataset, committed
 
     def _adoptable(self, name: str, value: dict[str, Any]) -> FragmentRecord | None:
         """The record if it may be committed; None, and why in `dropped`, if not."""
@@ -271,6 +279,14 @@ class Committer:
             return "some of its requests are committed already"
         if self._waiting_indices.contains(indices).any():
             return "another record holds some of its requests"
+        return self._unfit(record)
+
+    def _unfit(self, record: FragmentRecord) -> str | None:
+        """Why Lance may not be given the data of `record`: it would commit it and not be able to read it."""
+        written = {number for item in record.fragment["files"] for number in item["fields"]}
+        lacking = [name for name, numbers in self._required.items() if not numbers & written]
+        if lacking:
+            return f"it lacks column {lacking[0]!r}, which may not be null in the table"
         return missing_data_file(self.uri, record)
 
     def _wait(self, record: FragmentRecord) -> None:
@@ -279,10 +295,10 @@ class Committer:
         self._waiting.append(record)
         self._waiting_indices.add(_indices(record))
 
-    def _commit(self) -> int:
+    def _commit(self, tries_left: int = _CONFLICT_RETRIES) -> int:
         if self._lease is None:
             raise RuntimeError("this committer is closed")
-        ready = self._with_data_files()
+        ready = self._fit_records()
         if not ready:
             self._acknowledge([])
             return 0
@@ -292,7 +308,10 @@ class Committer:
         properties = {"plan_id": self.plan_id, "run_id": self.run_id, "rows": str(num_rows)}
         try:
             with storage_faults(self.uri, "commit to"):
-                self._append(operation, properties)
+                self._append(operation, properties, may_retry=tries_left > 0)
+        except _Preempted:
+            self._reload()
+            return self._commit(tries_left - 1)
         except Exception:
             # The commit may have happened although it reported a fault: only the table can tell.
             waiting = np.concatenate([_indices(record) for record in ready])
@@ -304,28 +323,26 @@ class Committer:
         self._acknowledge(ready)
         return num_rows
 
-    def _append(self, operation: lance.LanceOperation.Append, properties: dict[str, str]) -> None:
-        """One commit. Appends of other plans rebase; a change of columns makes Lance ask to try again."""
-        for tries_left in reversed(range(_CONFLICT_RETRIES)):
-            transaction = Transaction(
-                read_version=self._dataset.version,
-                operation=operation,
-                transaction_properties=properties,
-            )
-            try:
-                self._dataset = lance.LanceDataset.commit(self._dataset, transaction)
-                break
-            except CommitConflictError:
-                if not tries_left:
-                    raise
-                self._dataset = open_table(self.uri, storage_options=self._storage_options).dataset
+    def _append(
+        self, operation: lance.LanceOperation.Append, properties: dict[str, str], *, may_retry: bool
+    ) -> None:
+        """One commit. Lance rebases it over the appends of other plans, not over every change of columns."""
+        transaction = Transaction(
+            read_version=self._dataset.version, operation=operation, transaction_properties=properties
+        )
+        try:
+            self._dataset = lance.LanceDataset.commit(self._dataset, transaction)
+        except CommitConflictError as fault:
+            if may_retry and "Retryable" in str(fault):
+                raise _Preempted from fault
+            raise  # e.g. the table was overwritten: these fragments are not of its columns
         _sync_manifest(self.uri, self._dataset.version)
 
-    def _with_data_files(self) -> list[FragmentRecord]:
-        """What waits and has its data; the rest is dropped."""
+    def _fit_records(self) -> list[FragmentRecord]:
+        """What waits and can be committed; the rest is dropped."""
         ready = []
         for record in self._waiting:
-            fault_text = missing_data_file(self.uri, record)
+            fault_text = self._unfit(record)
             if fault_text is None:
                 ready.append(record)
             else:
@@ -347,6 +364,11 @@ class Committer:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+
+
+def _numbers(field: Any) -> set[int]:
+    """Lance's ids of a column: its own and those of what is nested in it; data files name some of them."""
+    return {field.id()}.union(*map(_numbers, field.children()))
 
 
 def _indices(record: FragmentRecord) -> np.ndarray:

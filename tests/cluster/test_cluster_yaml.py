@@ -26,5 +26,7 @@ def test_valid_by_rays_schema(config: dict) -> None:
 
 def test_head_type_exists_and_locks_are_files(config: dict) -> None:
     assert config["head_node_type"] in config["available_node_types"]
-    named = [word for line in config["setup_commands"] for word in line.split() if word.startswith("requirements/")]
+    named = [
+        word for line in config["setup_commands"] for word in line.split() if word.startswith("requirements/")
+    ]
     assert named and all((ROOT / name).is_file() for name in named)

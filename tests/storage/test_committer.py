@@ -243,6 +243,40 @@ def test_a_curation_that_adds_columns_meanwhile_does_not_stop_the_commits(uri):
     assert open_table(uri).read(["accepted"])["accepted"].to_pylist() == [True, False, None, None, None]
 
 
+def test_a_commit_that_another_change_pre_empts_is_tried_again(uri):
+    with committer(uri) as c:
+        c.add(write(uri, [0]))
+        c.commit()
+        c.add(write(uri, [1]))
+        lance.dataset(uri).add_columns({"copy": "nullif(prompt, 'x')"})  # Lance lets this pre-empt an Append
+        assert c.commit() == 1
+    assert open_table(uri).read(["copy"])["copy"].to_pylist() == ["", None]
+
+
+def test_rows_without_a_column_that_may_not_be_null_are_not_committed(uri):
+    with committer(uri) as c:
+        c.add(write(uri, [0]))
+        c.commit()
+        c.add(write(uri, [1]))
+        left = write(uri, [2])
+        lance.dataset(uri).add_columns({"twice": "label * 2"})
+        assert c.commit() == 0  # Lance would take the rows, and the table could not be read any more
+        assert "lacks column 'twice'" in c.dropped[0].reason
+        assert c.missing(np.arange(2)).tolist() == [1]
+    with committer(uri) as c:
+        assert c.adopt() == 0 and c.dropped[0].num_rows == left.num_rows
+    assert open_table(uri).read().num_rows == 1
+
+
+def test_nothing_is_appended_to_a_table_that_was_overwritten(uri):
+    c = committer(uri)
+    c.add(write(uri, [0]))
+    lance.write_dataset(synthetic_rows(PLAN, [8, 9]), uri, mode="overwrite")
+    with pytest.raises(OSError, match="incompatible"):
+        c.commit()
+    assert indices_in(uri) == [8, 9]
+
+
 def test_reconciliation_accounts_for_every_request(uri):
     quarantine = QuarantineLog(uri, PLAN.plan_id)
     for index, reason in [
@@ -319,8 +353,8 @@ def test_a_request_id_that_stands_twice_under_two_indices_is_found(uri):
 def test_a_commit_that_reports_a_fault_after_it_happened_is_recognised(uri, monkeypatch):
     append = Committer._append
 
-    def append_and_fail(self, *args):
-        append(self, *args)
+    def append_and_fail(self, *args, **settings):
+        append(self, *args, **settings)
         raise OSError("connection lost")
 
     with committer(uri) as c:
@@ -328,7 +362,7 @@ def test_a_commit_that_reports_a_fault_after_it_happened_is_recognised(uri, monk
         monkeypatch.setattr(Committer, "_append", append_and_fail)
         assert c.commit() == 1
         monkeypatch.setattr(
-            Committer, "_append", lambda self, *args: (_ for _ in ()).throw(OSError("refused"))
+            Committer, "_append", lambda self, *args, **settings: (_ for _ in ()).throw(OSError("refused"))
         )
         c.add(write(uri, [1]))
         with pytest.raises(OSError, match="refused"):

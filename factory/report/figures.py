@@ -1,0 +1,87 @@
+"""Figures drawn with matplotlib's object interface (no display, no global state), and their inline SVG."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _ACCENT, _SECOND = "#1b2130", "#2463c9", "#b4540a"
+
+
+def _axes(width: float, height: float, xlabel: str, ylabel: str) -> tuple["Figure", "Axes"]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel, color=_INK)
+    axes.set_ylabel(ylabel, color=_INK)
+    axes.tick_params(colors=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+    return figure, axes
+
+
+def loss_curve(steps: Sequence[int], losses: Sequence[float], *, ylabel: str = "loss") -> "Figure":
+    """Loss per step, with a running median over a twentieth of the run.
+
+    Raises:
+        ValueError: nothing to draw, or as many steps as losses are not given.
+    """
+    if not steps or len(steps) != len(losses):
+        raise ValueError(f"losses: {len(losses)} given for {len(steps)} steps")
+    figure, axes = _axes(8.4, 2.9, "step", ylabel)
+    values = np.asarray(losses, float)
+    window = max(len(values) // 20, 1)
+    if window == 1:
+        axes.plot(steps, values, color=_ACCENT, linewidth=2.0, marker="o", markersize=3.5)
+    else:
+        axes.plot(steps, values, color=_ACCENT, alpha=0.35, linewidth=0.9, label="as reported")
+        padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
+        median = np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
+        axes.plot(steps, median, color=_ACCENT, linewidth=2.0, label=f"median of {window}")
+        axes.legend(frameon=False, labelcolor=_INK)
+    return figure
+
+
+def similarity_histogram(synthetic: np.ndarray, real: np.ndarray, *, xlabel: str = "cosine") -> "Figure":
+    """Similarity to the nearest real training image: synthetic images against real ones left out.
+
+    Args:
+        synthetic: (N,) cosine of each synthetic image to its nearest real training image.
+        real: (M,) the same of each real training image to the nearest of another group.
+    """
+    figure, axes = _axes(8.4, 2.6, xlabel, "share of images")
+    both = np.concatenate([synthetic, real])
+    bins = np.linspace(both.min(), max(both.max(), both.min() + 1e-3), 33)
+    for values, colour, name in ((real, _SECOND, "real, left out"), (synthetic, _ACCENT, "synthetic")):
+        weights = np.full(len(values), 1 / max(len(values), 1))
+        axes.hist(
+            values, bins.tolist(), weights=weights, color=colour, alpha=0.55, label=f"{name} ({len(values)})"
+        )
+    axes.legend(frameon=False, labelcolor=_INK, loc="upper left")
+    return figure
+
+
+def figure_svg(figure: "Figure", name: str) -> str:
+    """A figure as inline SVG whose ink and accents follow the page's colours, light or dark."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for colour, variable in ((_INK, "--ink"), (_ACCENT, "--accent"), (_SECOND, "--second")):
+        svg = svg.replace(colour, f"var({variable})")
+    return svg

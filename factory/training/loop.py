@@ -1,0 +1,179 @@
+"""The training loop: which step comes next, what is reported, what is kept. No Ray, no Lance.
+
+A run is a folder. Started again, it goes on from its last checkpoint and ends with the weights, bit for bit, of
+a run that was never interrupted (on the same number of processes and threads; otherwise up to rounding).
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from factory.training.checkpoints import checkpoint_steps, read_checkpoint, write_checkpoint
+from factory.training.learners import DiffusionLearner
+from factory.training.metrics import MetricsLog, Observer
+from factory.training.mixture import BatchSampler, global_batch
+from factory.training.settings import TrainingSettings
+from factory.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What one call of the loop did.
+
+    Attributes:
+        start_step, steps: updates done before, and after.
+        seconds: wall time of this call's steps, everything in between included.
+        step_seconds: of these, spent in the steps themselves (without validation, previews, checkpoints).
+        metrics: the last value of every metric.
+    """
+
+    start_step: int
+    steps: int
+    seconds: float
+    step_seconds: float
+    metrics: Mapping[str, float]
+
+    @property
+    def steps_per_second(self) -> float:
+        """Rate of the steps themselves; 0 where none was done."""
+        return (self.steps - self.start_step) / self.step_seconds if self.step_seconds else 0.0
+
+
+def train(
+    learner: DiffusionLearner,
+    sampler: BatchSampler,
+    settings: TrainingSettings,
+    out: Path,
+    *,
+    world: World,
+    observer: Observer | None = None,
+    preview: Callable[[Path], None] | None = None,
+    constants: Mapping[str, float] | None = None,
+) -> TrainingResult:
+    """Take steps until `settings.max_steps`, from the last checkpoint in `out` where there is one.
+
+    Args:
+        learner: what learns; see `factory.training.learners`.
+        sampler: rows of each step.
+        settings: `batch_size` must be the sampler's.
+        out: the run's folder; only rank 0 writes.
+        world: the processes that train together; each must call this.
+        observer: told of metrics and previews.
+        preview: writes a grid of samples of the averaged weights to a path.
+        constants: numbers of the whole run, reported once, at step 0.
+
+    Raises:
+        ValueError: the run in `out` is already past `max_steps`; a checkpoint is damaged or does not fit; the
+            loss or the gradient is no longer finite (the last checkpoint is then from before).
+    """
+    observer = observer or Observer()
+    start_step = resume(learner, out)
+    if start_step > settings.max_steps:
+        raise ValueError(
+            f"training.max_steps: {settings.max_steps} asked for, but {out} holds {start_step} steps already; "
+            "ask for more, choose another --out, or --overwrite"
+        )
+    log = MetricsLog(out, start_step, observer) if world.rank == 0 else None
+    if log is not None:
+        observer.on_start(start_step)
+    if log is not None and start_step == 0 and not log.latest:
+        log.write(0, constants or {})
+    window = _Window()
+    step_seconds = 0.0
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(1, thread_name_prefix="draw") as pool:
+        # Drawing is a pure function of the step, so one batch ahead changes nothing.
+        pending = pool.submit(learner.draw, world.shard(global_batch(sampler, start_step)))
+        for step in range(start_step, settings.max_steps):
+            step_begin = time.perf_counter()
+            batch = pending.result()
+            if step + 1 < settings.max_steps:
+                pending = pool.submit(learner.draw, world.shard(global_batch(sampler, step + 1)))
+            window.add(learner.step(batch))
+            done = step + 1
+            is_last = done == settings.max_steps
+            saves = is_last or done % settings.checkpoint_every == 0
+            reports = is_last or done % settings.log_every == 0
+            if reports or saves:
+                values = window.means(world, done)  # waits for the device, so the time below is whole
+            step_seconds += time.perf_counter() - step_begin
+            if reports:
+                window = _Window()
+            if log is None:
+                continue
+            if reports:
+                rate = (done - start_step) / step_seconds
+                values |= {
+                    "learning_rate": settings.learning_rate_at(step),
+                    "epoch": sampler.epoch(done),
+                    "steps_per_second": rate,
+                    "images_per_second": rate * settings.batch_size,
+                }
+                log.write(done, values)
+            if settings.validate_every and (is_last or done % settings.validate_every == 0):
+                log.write(done, learner.validate())
+            if (
+                preview is not None
+                and settings.sample_every
+                and (is_last or done % settings.sample_every == 0)
+            ):
+                path = out / "samples" / f"step-{done:08d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_name("unfinished.png")
+                with learner.averaged():
+                    preview(unfinished)
+                unfinished.replace(path)
+                observer.on_preview(done, path)
+            if saves:
+                state = {"step": done, "world_size": world.size, **learner.state_dict()}
+                write_checkpoint(out, done, learner.tensors(), state, keep=settings.keep_checkpoints)
+    return TrainingResult(
+        start_step=start_step,
+        steps=settings.max_steps,
+        seconds=time.perf_counter() - begin,
+        step_seconds=step_seconds,
+        metrics=log.latest if log is not None else {},
+    )
+
+
+def resume(learner: DiffusionLearner, out: Path) -> int:
+    """Load the last checkpoint in `out` into the learner; returns its step, 0 where there is none."""
+    steps = checkpoint_steps(out)
+    if not steps:
+        return 0
+    tensors, state = read_checkpoint(out, steps[-1])
+    learner.load(tensors, state)
+    return steps[-1]
+
+
+class _Window:
+    """Sums of metrics since the last report, on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def means(self, world: World, step: int) -> dict[str, float]:
+        """Means over the window and the processes. Collective.
+
+        Raises:
+            ValueError: one of them is not finite.
+        """
+        values = world.mean({name: value / self._count for name, value in self._sums.items()})
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(
+                f"training diverged by step {step}: {', '.join(bad)} is not finite; lower training.learning_rate "
+                "(the last checkpoint is from before; --overwrite starts again)"
+            )
+        return values

@@ -1,0 +1,82 @@
+"""What curation reads of its two tables: everything but pixels, ordered by id so that row order changes nothing."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from factory.storage import Table
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RealRows:
+    """Training rows by image_id: ids, groups, embeddings (n, D); the version read."""
+
+    image_ids: list[str]
+    groups: list[str]
+    embeddings: np.ndarray
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SyntheticRows:
+    """Rows by request_id: what verdicts need, without pixels."""
+
+    request_ids: list[str]
+    indices: np.ndarray
+    labels: list[str]
+    stream_reasons: list[str | None]
+    quality: np.ndarray
+    groups: list[str | None]
+    embeddings: np.ndarray
+
+
+def _vectors(column: pa.Array, dim: int) -> np.ndarray:
+    return column.flatten().to_numpy().reshape(-1, dim).astype(np.float32)
+
+
+def read_real(table: "Table") -> RealRows:
+    dim = table.schema.field("embedding").type.list_size
+    image_ids: list[str] = []
+    groups: list[str] = []
+    vectors = [np.empty((0, dim), np.float32)]
+    for batch in table.batches(["image_id", "group_id", "embedding"], filter="split = 'train'"):
+        image_ids += batch.column("image_id").to_pylist()
+        groups += batch.column("group_id").to_pylist()
+        vectors.append(_vectors(batch.column("embedding"), dim))
+    if not image_ids:
+        raise ValueError(f"--real {table.uri} has no training rows")
+    order = np.argsort(image_ids, kind="stable")
+    return RealRows(
+        image_ids=[image_ids[k] for k in order],
+        groups=[groups[k] for k in order],
+        embeddings=np.concatenate(vectors)[order],
+        version=table.version,
+    )
+
+
+def read_synthetic(table: "Table") -> SyntheticRows:
+    dim = table.schema.field("embedding").type.list_size
+    names = ("request_id", "request_index", "label_name", "stream_reject_reason", "derived", "group_id")
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    vectors, quality = [np.empty((0, dim), np.float32)], []
+    for batch in table.batches([*names, "scores", "embedding"]):
+        for name in names:
+            values[name] += batch.column(name).to_pylist()
+        vectors.append(_vectors(batch.column("embedding"), dim))
+        # How far inside the band of real similarities; where the band was off, rows are equally good.
+        positions = [dict(s or ()).get("similarity_position") for s in batch.column("scores").to_pylist()]
+        quality += [np.nan if p is None else -abs(p - 0.5) for p in positions]
+    order = np.argsort(np.array(values["request_id"], dtype=str), kind="stable")
+    groups = [g if d else None for g, d in zip(values["group_id"], values["derived"])]
+    return SyntheticRows(
+        request_ids=[values["request_id"][k] for k in order],
+        indices=np.array(values["request_index"], np.int64)[order],
+        labels=[values["label_name"][k] for k in order],
+        stream_reasons=[values["stream_reject_reason"][k] for k in order],
+        quality=np.array(quality, np.float64)[order],
+        groups=[groups[k] for k in order],
+        embeddings=np.concatenate(vectors)[order],
+    )

@@ -1,0 +1,345 @@
+"""`factory curate` on real tables: copies and duplicates are marked, nothing is dropped or rewritten."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from factory.curation.planted import planted_copy
+from factory.datasets.phantom import PhantomConfig, phantom_sample
+from factory.embedding import EmbedderSpec
+from factory.imaging import encode_png
+from factory.storage import Table, open_table, write_table
+from jobs import cli
+from jobs.curate import Args, CurationResult, print_result, run
+from schemas.request import SynthesisPlan
+from schemas.sample import RealSample, SyntheticSample, real_schema, synthetic_schema, table_of
+
+SIDE = 8
+DIM = SIDE * SIDE
+LABELS = ("benign", "malignant")
+PLAN = SynthesisPlan(recipe="tiny", fingerprint="f", weights={}, real_digest="r", labels=LABELS)
+SPEC = EmbedderSpec(name="tiny", weights_digest="d" * 32, dim=DIM, size=SIDE, mean=(0.0,) * 3, std=(1.0,) * 3)
+TRAIN, VAL = 30, 22
+
+
+@dataclass(frozen=True)
+class Row:
+    """A synthetic row to write."""
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+    stream: str | None = None
+    position: float | None = 0.5
+    derived_from: str | None = None
+
+
+def blocks(image: np.ndarray) -> tuple[float, ...]:
+    """A small real embedding: block means of the middle, unit norm."""
+    grey = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32).ravel()
+    centred = grey - grey.mean()
+    return tuple((centred / np.linalg.norm(centred)).tolist())
+
+
+def phantoms(seed: int, count: int) -> list[Row]:
+    samples = [phantom_sample(PhantomConfig(), seed, index) for index in range(count)]
+    return [Row(sample.image, sample.mask) for sample in samples]
+
+
+def metadata(spec: EmbedderSpec = SPEC) -> dict[str, str]:
+    return {"class_names": json.dumps(LABELS), "embedder": spec.to_json()}
+
+
+def write_real(uri: Path, rows: Sequence[Row], num_train: int, spec: EmbedderSpec = SPEC) -> str:
+    samples = [
+        RealSample(
+            image_id=f"{number:032x}",
+            dataset="phantom",
+            source_path=f"{number}.png",
+            group_id=f"group-{number}",
+            split="train" if number < num_train else "val",
+            label=number % 2,
+            label_name=LABELS[number % 2],
+            image=encode_png(row.image),
+            mask=None if row.mask is None else encode_png(row.mask),
+            height=row.image.shape[0],
+            width=row.image.shape[1],
+            licence="CC0",
+            allowed_use="tests",
+            embedding=blocks(row.image),
+        )
+        for number, row in enumerate(rows)
+    ]
+    schema = real_schema(DIM)
+    write_table(str(uri), table_of(samples, schema), schema, metadata=metadata(spec))
+    return str(uri)
+
+
+def write_synthetic(uri: Path, rows: Sequence[Row], order: Sequence[int] | None = None) -> str:
+    samples = []
+    for index in order if order is not None else range(len(rows)):
+        row, request = rows[index], PLAN.request_at(index)
+        samples.append(
+            SyntheticSample(
+                request_id=request.request_id,
+                plan_id=PLAN.plan_id,
+                request_index=index,
+                attempt=0,
+                recipe="tiny",
+                fingerprint="f",
+                weights={"unet": "w"},
+                seed=0,
+                label=request.label_index,
+                label_name=request.label,
+                prompt="",
+                requested_mask=None,
+                mask=None if row.mask is None else encode_png(row.mask),
+                image=encode_png(row.image),
+                height=row.image.shape[0],
+                width=row.image.shape[1],
+                licence="CC0",
+                num_inference_steps=4,
+                guidance_scale=1.0,
+                batch_size=4,
+                embedding=blocks(row.image),
+                scores={} if row.position is None else {"similarity_position": row.position},
+                stream_reject_reason=row.stream,
+                derived=row.derived_from is not None,
+                group_id=row.derived_from,
+                code_version="0",
+            )
+        )
+    schema = synthetic_schema(DIM)
+    write_table(str(uri), table_of(samples, schema), schema, metadata=metadata())
+    return str(uri)
+
+
+def request_id(index: int) -> str:
+    return PLAN.request_at(index).request_id
+
+
+def verdicts(table: Table) -> dict[int, dict]:
+    """Curation columns by request_index."""
+    names = ["reject_reason", "accepted", "duplicate_of", "nearest_real", "nearest_real_similarity"]
+    return {row.pop("request_index"): row for row in table.read(["request_index", *names]).to_pylist()}
+
+
+REAL = phantoms(21, TRAIN + VAL)
+FRESH = phantoms(22, 8)
+
+
+def table_rows() -> list[Row]:
+    """0-5 fresh; 6 repeats 1 and lies deeper in the band; 7, 8 copies; 9, 10 rejected by the stream, 10 a copy."""
+    rng = np.random.default_rng(0)
+    copies = [planted_copy(kind, REAL[k].image, REAL[k].mask, rng) for kind, k in
+              (("shift", 3), ("mirror", 17), ("brightness_contrast", 9))]  # fmt: skip
+    darker = (FRESH[1].image * 0.9).astype(np.uint8)
+    return [
+        *(Row(row.image, row.mask, position=0.9) for row in FRESH[:6]),
+        Row(darker, FRESH[1].mask, position=0.6),
+        Row(*copies[0]),
+        Row(*copies[1]),
+        Row(FRESH[6].image, None, stream="empty_mask"),
+        Row(*copies[2], stream="too_similar_to_real"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_real(tmp_path_factory.mktemp("curate") / "real.lance", REAL, TRAIN)
+
+
+@pytest.fixture(scope="module")
+def curated(real: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, CurationResult, int]:
+    """Table, result, and the bytes of data files before."""
+    folder = tmp_path_factory.mktemp("curated")
+    uri = write_synthetic(folder / "synthetic.lance", table_rows())
+    before = size_of(uri)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        result = run(Args(table=uri, real=real, duplicate_similarity=0.99, planted=0, num_threads=2))
+    return uri, result, before
+
+
+def size_of(uri: str) -> int:
+    return sum(path.stat().st_size for path in Path(uri, "data").rglob("*") if path.is_file())
+
+
+def test_planted_copies_of_training_images_are_caught(curated: tuple[str, CurationResult, int]) -> None:
+    uri, result, _ = curated
+    rows = verdicts(open_table(uri))
+    for index, source in ((7, 3), (8, 17), (10, 9)):
+        assert rows[index]["reject_reason"] == "near_copy_of_real"
+        assert rows[index]["nearest_real"] == f"{source:032x}"
+        assert rows[index]["accepted"] is False
+    assert result.rejected["near_copy_of_real"] == 3
+    first = result.pairs[0]
+    assert first.correlation is not None and first.correlation > 0.8
+    assert {pair.request_id for pair in result.pairs[:3]} == {request_id(k) for k in (7, 8, 10)}
+    assert result.false_alarm is not None and result.false_alarm <= 0.05
+
+
+def test_of_duplicates_the_best_is_kept(curated: tuple[str, CurationResult, int]) -> None:
+    rows = verdicts(open_table(curated[0]))
+    assert rows[1]["reject_reason"] == "duplicate_of_synthetic" and rows[1]["duplicate_of"] == request_id(6)
+    assert rows[6]["accepted"] is True and rows[6]["duplicate_of"] is None
+
+
+def test_the_streams_verdict_stands_and_the_rest_is_accepted(
+    curated: tuple[str, CurationResult, int],
+) -> None:
+    uri, result, _ = curated
+    rows = verdicts(open_table(uri))
+    assert rows[9]["reject_reason"] == "empty_mask" and rows[9]["accepted"] is False
+    accepted = {index for index, row in rows.items() if row["accepted"]}
+    assert accepted == {0, 2, 3, 4, 5, 6}
+    assert (result.total, result.accepted) == (11, 6)
+    assert sum(result.rejected.values()) == 5
+    assert {label: sum(counts.values()) for label, counts in result.by_class.items()} == {
+        "benign": 6,
+        "malignant": 5,
+    }
+    assert all(row["nearest_real"] and -1 <= row["nearest_real_similarity"] <= 1.001 for row in rows.values())
+
+
+def test_a_tagged_version_is_made_and_no_image_rewritten(curated: tuple[str, CurationResult, int]) -> None:
+    uri, result, before = curated
+    table = open_table(uri, tag=result.tag)
+    assert result.tag == "curated-1" and table.version == result.version
+    assert table.count("accepted") == 6
+    record = json.loads(table.metadata[f"curation.{result.tag}"])
+    assert record["duplicate_similarity"] == 0.99 and set(record["copy_thresholds"]) == {"frame", "lesion"}
+    assert size_of(uri) - before < 40_000
+
+
+def test_the_order_of_rows_changes_nothing(
+    curated: tuple[str, CurationResult, int], real: str, tmp_path: Path
+) -> None:
+    order = np.random.default_rng(1).permutation(len(table_rows())).tolist()
+    uri = write_synthetic(tmp_path / "shuffled.lance", table_rows(), order)
+    result = run(Args(table=uri, real=real, duplicate_similarity=0.99, planted=0, num_threads=1))
+    assert verdicts(open_table(uri)) == verdicts(open_table(curated[0]))
+    assert result.pairs == curated[1].pairs
+
+
+def test_curating_again_makes_another_tag_and_leaves_the_first(
+    real: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = write_synthetic(tmp_path / "synthetic.lance", table_rows())
+    assert cli.main(["curate", uri, "--real", real, "--no-copy-test", "--duplicate-similarity", "0.99"]) == 0
+    assert "accepted 8 of 11 (73%)" in capsys.readouterr().out
+    assert cli.main(["curate", uri, "--real", real, "--no-copy-test", "--duplicate-similarity", "1.0"]) == 0
+    out = capsys.readouterr().out
+    assert "tag curated-2" in out and f'factory query {uri} "accepted" --tag curated-2' in out
+    assert open_table(uri, tag="curated-1").count("accepted") == 8
+    assert open_table(uri).count("accepted") == 9
+
+
+def test_the_duplicate_threshold_comes_from_training_rows(real: str, tmp_path: Path) -> None:
+    uri = write_synthetic(tmp_path / "synthetic.lance", table_rows())
+    result = run(Args(table=uri, real=real, copy_test=False))
+    vectors = np.array([blocks(row.image) for row in REAL[:TRAIN]])
+    similarity = vectors @ vectors.T - 2 * np.eye(TRAIN)
+    assert result.duplicate_similarity == pytest.approx(np.quantile(similarity.max(1), 0.999), abs=1e-5)
+
+
+def test_an_empty_table_is_curated(real: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = write_synthetic(tmp_path / "synthetic.lance", [])
+    result = run(Args(table=uri, real=real))
+    print_result(result)
+    assert (result.total, result.accepted, result.pairs) == (0, 0, [])
+    assert "accepted 0 of 0" in capsys.readouterr().out
+    assert {"accepted", "reject_reason"} <= set(open_table(uri).schema.names)
+
+
+def test_the_background_of_a_derived_row_is_no_copy(real: str, tmp_path: Path) -> None:
+    """A real image with another lesion painted in, declared as derived from its group."""
+    image, mask = REAL[5].image.copy(), REAL[5].mask
+    rows, columns = np.nonzero(mask)
+    box = (
+        slice(max(rows.min() - 5, 0), rows.max() + 5),
+        slice(max(columns.min() - 5, 0), columns.max() + 5),
+    )
+    image[box] = FRESH[0].image[box]
+    uri = write_synthetic(
+        tmp_path / "synthetic.lance", [Row(image, mask, derived_from="group-5"), Row(image, mask)]
+    )
+    result = run(Args(table=uri, real=real, planted=0, duplicate_similarity=1.0))
+    found = verdicts(open_table(uri))
+    assert found[0]["accepted"] is True and found[0]["nearest_real"] != f"{5:032x}"
+    assert found[1]["reject_reason"] == "near_copy_of_real" and found[1]["nearest_real"] == f"{5:032x}"
+    assert result.accepted == 1
+
+
+def test_bad_input_is_named(real: str, tmp_path: Path) -> None:
+    uri = write_synthetic(tmp_path / "synthetic.lance", table_rows())
+    other = EmbedderSpec(
+        name="timm:other", weights_digest="e" * 32, dim=DIM, size=SIDE, mean=(0.0,), std=(1.0,)
+    )
+    strange = write_real(tmp_path / "strange.lance", REAL[:2], 2, other)
+    with pytest.raises(ValueError, match=r"timm:other .* does not compare with tiny"):
+        run(Args(table=uri, real=strange))
+    with pytest.raises(ValueError, match="not a synthetic table"):
+        run(Args(table=real, real=real))
+    with pytest.raises(ValueError, match="not a table of real images"):
+        run(Args(table=uri, real=uri))
+    with pytest.raises(FileNotFoundError, match="factory synthesize"):
+        run(Args(table=str(tmp_path / "no_synthetic.lance"), real=real))
+    few = write_real(tmp_path / "few.lance", REAL[:4], 4)
+    with pytest.raises(ValueError, match="--copy-correlation or --no-copy-test"):
+        run(Args(table=uri, real=few))
+    with pytest.raises(ValueError, match="--duplicate-quantile"):
+        run(Args(table=uri, real=real, duplicate_quantile=1.5))
+
+
+def test_copies_of_real_ultrasound_are_caught(busi_folder: Path, tmp_path: Path) -> None:
+    rows = []
+    for path in sorted(p for p in (busi_folder / "malignant").glob("*.png") if "_mask" not in p.name)[::6]:
+        mask = np.asarray(Image.open(path.with_name(path.stem + "_mask.png")).convert("L"))
+        rows.append(Row(np.asarray(Image.open(path).convert("L")), (mask > 0).astype(np.uint8)))
+    real, held_out = rows[:28], rows[28:]
+    rng = np.random.default_rng(0)
+    planted = [Row(*planted_copy(kind, real[k].image, real[k].mask, rng))
+               for kind, k in (("crop_90", 2), ("speckle", 11), ("jpeg_75", 20))]  # fmt: skip
+    uri = write_synthetic(tmp_path / "synthetic.lance", [*planted, *held_out])
+    run(
+        Args(
+            table=uri, real=write_real(tmp_path / "real.lance", real, 28), planted=0, duplicate_similarity=1.0
+        )
+    )
+    found = verdicts(open_table(uri))
+    for index, source in ((0, 2), (1, 11), (2, 20)):
+        assert found[index]["reject_reason"] == "near_copy_of_real"
+        assert found[index]["nearest_real"] == f"{source:032x}"
+    assert sum(not row["accepted"] for row in found.values()) == 3
+
+
+def test_the_measured_power_is_told(
+    real_table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the shipped embedder, as `factory prepare` used it."""
+    from factory.imaging import decode_png
+
+    table = open_table(real_table)
+    row = table.read(["image", "mask", "embedding"], "split = 'train'", limit=1).to_pylist()[0]
+    dim = table.schema.field("embedding").type.list_size
+    sample = SyntheticSample(
+        request_id=request_id(0), plan_id=PLAN.plan_id, request_index=0, attempt=0, recipe="tiny",
+        fingerprint="f", weights={}, seed=0, label=0, label_name="benign", prompt="", requested_mask=None,
+        mask=row["mask"], image=row["image"], height=decode_png(row["image"]).shape[0], width=128,
+        licence="CC0", num_inference_steps=4, guidance_scale=1.0, batch_size=1,
+        embedding=tuple(row["embedding"]), code_version="0",
+    )  # fmt: skip
+    schema = synthetic_schema(dim)
+    keys = {"class_names": json.dumps(LABELS), "embedder": table.metadata["embedder"]}
+    uri = str(tmp_path / "synthetic.lance")
+    write_table(uri, table_of([sample], schema), schema, metadata=keys)
+    result = run(Args(table=uri, real=real_table, planted=3))
+    print_result(result)
+    assert result.power is not None and min(result.power.detected.values()) >= 2 / 3
+    assert result.rejected == {"near_copy_of_real": 1}
+    assert "of planted copies of 3 training images it finds: brightness_contrast" in capsys.readouterr().out
