@@ -20,7 +20,7 @@ from measure import save
 def plain_loop(args, jobs_args) -> float:
     """Images per second of the stages in one process."""
     from factory.storage import Committer, create_table, write_fragment
-    from factory.synthesis.stages import FinishStage, SynthesisStage
+    from factory.synthesis.stages import ACCOUNTS, FinishStage, SynthesisStage
     from jobs.synthesize import execution, prepare, table_metadata
     from schemas.sample import synthetic_schema
 
@@ -36,7 +36,7 @@ def plain_loop(args, jobs_args) -> float:
     with Committer(jobs_args.out, plan_id=prepared.plan.plan_id, run_id="plain") as committer:
         for first in range(0, len(indices), args.batch_size):
             rows = stages[1](stages[0](prepared.request_stage(indices[first : first + args.batch_size])))
-            rows = rows.drop_columns(["seconds", "error", "error_reason"])
+            rows = rows.drop_columns(list(ACCOUNTS))
             committer.add(write_fragment(jobs_args.out, rows, run_id="plain"))
     return len(indices) / (time.perf_counter() - start)
 

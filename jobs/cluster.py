@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600
 """Ray Data fails a job that makes no progress for this long. Its default of 30 minutes would fail a job that
@@ -53,6 +54,10 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        # So that a recipe given as module:function is found in the workers too.
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
+        )
         # At its default level every actor pool prints an "error" about constructor arguments (ray#53727).
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Lance warns at every fork; Ray's are followed by an exec.

@@ -96,6 +96,7 @@ def run(args: Args) -> PrepareResult:
         FileExistsError: the table is there and --overwrite is not given.
         ValueError: bad arguments or, with --on-error fail, bad files, all named.
     """
+    from factory.datasets.layout import ListingOptions
     from factory.datasets.layouts import get_layout
     from factory.datasets.splits import check_fractions
     from factory.embedding import ImageEmbedder
@@ -109,8 +110,9 @@ def run(args: Args) -> PrepareResult:
             "num_images": args.num_images, "embedder": embedder.name}  # fmt: skip
     how = {"path": args.path, "out": args.out, "device": args.device, "on_error": args.on_error,
            "max_quarantined": args.max_quarantined}  # fmt: skip
+    listing = layout.listing(Path(args.path), ListingOptions(num_images=args.num_images, seed=args.seed))
     with track("prepare", recipe_parameters=what, execution_parameters=how) as tracked:
-        return _run(args, layout, embedder.load(args.device), tracked)
+        return _run(args, layout, listing, embedder.load(args.device), tracked)
 
 
 def _check(args: Args, layout: "Layout") -> None:
@@ -126,15 +128,15 @@ def _check(args: Args, layout: "Layout") -> None:
         raise FileExistsError(f"{args.out} is there already; choose another --out or add --overwrite")
 
 
-def _run(args: Args, layout: "Layout", embedder: "LoadedEmbedder", tracked: "Run") -> PrepareResult:
-    from factory.datasets.layout import ListingOptions
+def _run(
+    args: Args, layout: "Layout", listing: "Listing", embedder: "LoadedEmbedder", tracked: "Run"
+) -> PrepareResult:
     from factory.datasets.near_duplicates import NearDuplicates
     from factory.datasets.preparation import prepare_dataset
     from factory.datasets.verification import verify_items
 
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
-    listing = layout.listing(Path(args.path), ListingOptions(num_images=args.num_images, seed=args.seed))
     with clock.step("verify"), progress_bar("verify", len(listing.items)) as advance:
         images, problems = verify_items(
             listing.items,

@@ -62,8 +62,8 @@ def _duplicates(summary: Summary) -> Iterator[str]:
     pairs = found.num_pairs
     yield (
         f"near-duplicates: {pairs['frame']} pairs of the same frame, {pairs['examination']} of the same examination, "
-        f"{pairs['neighbour']} alike file neighbours; {found.num_grouped} images share {found.num_groups} groups' "
-        f"splits (largest group {found.largest_group})"
+        f"{pairs['neighbour']} alike file neighbours; {found.num_grouped} of {summary.num_images} images "
+        f"have one; largest group {found.largest_group}"
     )
     counts = ", ".join(f"{name}: {count}" for name, count in found.sensitivity.items())
     yield f"groups: {found.num_groups} as used; {counts}"

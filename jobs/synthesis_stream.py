@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from factory.synthesis.stages import (
+    ACCOUNTS,
     FinishSettings,
     FinishStage,
     RequestStage,
@@ -131,7 +132,7 @@ def write_rows(batch: pa.Table, *, uri: str, plan_id: str, run_id: str) -> pa.Ta
         quarantine.add(row["request_id"], row["request_index"], row["error_reason"], row["error"], tries=1)
     record = None
     if made.num_rows:
-        rows = made.drop_columns(["seconds", "error", "error_reason"])
+        rows = made.drop_columns(list(ACCOUNTS))
         record = write_fragment(uri, rows, run_id=run_id)
     return pa.Table.from_pylist(
         [
@@ -139,6 +140,7 @@ def write_rows(batch: pa.Table, *, uri: str, plan_id: str, run_id: str) -> pa.Ta
                 "record": "" if record is None else record.to_json(),
                 "made": made.num_rows,
                 "quarantined": failed.num_rows,
+                "started": pc.min(made["started"]).as_py(),
                 "busy_seconds": float(pc.sum(made["seconds"]).as_py() or 0.0),
                 "last_error": failed["error"][0].as_py() if failed.num_rows else "",
             }

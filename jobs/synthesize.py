@@ -9,6 +9,7 @@ adds rows to the same plan. `--plan` prints what would be done and checks it wit
 
 import dataclasses
 import json
+import math
 import os
 import time
 import uuid
@@ -396,13 +397,13 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
             f"plan {prepared.plan.plan_id}: {len(indices)} requested, {len(indices) - len(missing)} done before"
             + (f" ({adopted} adopted from an interrupted run)" if adopted else "")
         )
-        first_row = time.perf_counter()
+        began, before = time.time(), time.perf_counter() - start
+        first_batch = math.inf
         if len(missing):
             with start_ray(args.address, args.num_cpus) as handle:
                 configure_data()
                 settings, synthesizer, finish = execution(args, prepared, handle.num_cpus, handle.num_gpus)
                 settings.check(handle.num_cpus, handle.num_gpus)
-                first_row = 0.0
                 with progress_bar("synthesize", len(missing)) as advance:
                     for row in stream(
                         missing,
@@ -413,10 +414,7 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
                         uri=args.out,
                         run_id=run_id,
                     ):
-                        if not first_row:
-                            # Rows per second counts from the moment the first batch was in work.
-                            share = row["busy_seconds"] / max(settings.num_synthesizers, 1)
-                            first_row = time.perf_counter() - share
+                        first_batch = min(first_batch, row["started"] or first_batch)
                         if row["record"]:
                             committer.add(FragmentRecord.from_json(row["record"]))
                         busy += row["busy_seconds"]
@@ -445,7 +443,7 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
             pending=audit.pending,
             made=int(made),
             seconds=end - start,
-            startup_seconds=max(first_row - start, 0.0),
+            startup_seconds=before + (max(first_batch - began, 0.0) if made else 0.0),
             busy_seconds=busy,
         )
         tracked.set({"plan_id": result.plan_id, "table": args.out, "table_version": str(result.version)})

@@ -12,6 +12,7 @@ stages untouched: nothing in the middle of a stream is dropped or stops the othe
 """
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +55,19 @@ PIXEL_SCHEMA = pa.schema(
         pa.field(
             "seconds", pa.float32(), metadata={"description": "this image's share of its batch", "unit": "s"}
         ),
+        pa.field("started", pa.float64(), metadata={"description": "when its batch began", "unit": "s"}),
     ]
 )
 
 
 def stream_schema(embedding_dim: int) -> pa.Schema:
     """What leaves the last stage: a synthetic row and, for the job's accounts, seconds and errors."""
-    return pa.schema([*synthetic_schema(embedding_dim), pa.field("seconds", pa.float32()), *_ERRORS])
+    accounts = [pa.field("seconds", pa.float32()), pa.field("started", pa.float64())]
+    return pa.schema([*synthetic_schema(embedding_dim), *accounts, *_ERRORS])
+
+
+ACCOUNTS = ("seconds", "started", "error", "error_reason")
+"""Columns of `stream_schema` that are not of the table."""
 
 
 class FittedMaskSource(Protocol):
@@ -186,6 +193,7 @@ class SynthesisStage:
             for row in rows
         ]
         results: dict[str, dict[str, Any]] = {}
+        started = time.time()
         for item in self.synthesizer.synthesize(prepared):
             if item.image is None or item.mask is None:
                 reason = item.reason or QuarantineReason.GENERATION_FAILED
@@ -197,6 +205,7 @@ class SynthesisStage:
                 "channel_spread": item.channel_spread,
                 "batch_size": len(rows),
                 "seconds": item.seconds,
+                "started": started,
             }
         return results
 
@@ -254,6 +263,7 @@ class FinishStage:
                 "error": row["error"],
                 "error_reason": row["error_reason"],
                 "seconds": row["seconds"] or 0.0,
+                "started": row["started"],
             }
             if row["error"] is None:
                 image, mask, embedding, score, reason = next(finished)

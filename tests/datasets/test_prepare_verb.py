@@ -23,10 +23,21 @@ def _folder(root: Path, count: int = 16) -> Path:
 
 
 @pytest.fixture(scope="module")
-def phantom_table(tmp_path_factory: pytest.TempPathFactory) -> prepare.PrepareResult:
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for this file: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def shared_store(tracking_in_tmp: None, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+
+
+@pytest.fixture(scope="module")
+def phantom_table(tmp_path_factory: pytest.TempPathFactory, store: str) -> prepare.PrepareResult:
     folder = tmp_path_factory.mktemp("phantom")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", store)
         return prepare.run(
             prepare.Args(layout="phantom", out=str(folder / "real.lance"), num_images=30, seed=4)
         )

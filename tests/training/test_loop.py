@@ -190,13 +190,13 @@ def test_observer_and_previews(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_and_run_again_ends_bit_equal(tmp_path: Path) -> None:
-    settings = make_settings(max_steps=400, checkpoint_every=7, log_every=5, validate_every=50)
+    settings = make_settings(max_steps=250, checkpoint_every=7, log_every=5, validate_every=50)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = SPAWN.Process(target=run_here, args=(whole, settings))
     reference.start()
     rng = random.Random(1)
     resumed_from = []
-    for _ in range(6):
+    for _ in range(4):
         process = SPAWN.Process(target=run_here, args=(killed, settings))
         process.start()
         target = max(checkpoint_steps(killed), default=0) + rng.randrange(1, 60)
@@ -211,8 +211,8 @@ def test_killed_at_any_moment_and_run_again_ends_bit_equal(tmp_path: Path) -> No
     process.join()
     reference.join()
     assert (process.exitcode, reference.exitcode) == (0, 0)
-    assert resumed_from == sorted(set(resumed_from)) and 0 < resumed_from[-1] < 400
-    _assert_bit_equal(whole, killed, 400)
+    assert resumed_from == sorted(set(resumed_from)) and 0 < resumed_from[-1] < 250
+    _assert_bit_equal(whole, killed, 250)
     steps = [line["step"] for line in read_metrics(killed) if "loss" in line]
     assert steps == sorted(set(steps))
 
