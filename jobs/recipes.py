@@ -58,7 +58,7 @@ def command(argv: Sequence[str]) -> int:
         return 0
     table = Table(show_lines=True)
     for heading in ("recipe", "what", "paper", "conditioning", "trains", "needs"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "recipe")
     for name, make in RECIPES.items():
         recipe = make()
         generator = recipe.generator

@@ -2,7 +2,7 @@
 
     python -m factory.assets.train_embedder --out factory/assets/embedder --num-threads 1
 
-Twenty minutes on one free core. Two augmented views of one phantom image are pulled together and those of
+A quarter of an hour on one free core. Two augmented views of one phantom image are pulled together and those of
 all other images pushed apart (InfoNCE: van den Oord, Li, Vinyals 2018; for copy detection: Pizzi et al. 2022, "A
 self-supervised descriptor for image copy detection"). Deviates: no projection head, the normalised class token is
 itself compared, so the cosine that the factory uses is the one that was trained; views get harder during training.
@@ -41,7 +41,7 @@ MEAN, STD = 0.25, 0.2
 class EmbedderTraining:
     """Settings of the run; the defaults made the weights that ship."""
 
-    num_images: int = 8000
+    num_images: int = 2000
     steps: int = 4000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -116,7 +116,7 @@ def draw_images(count: int, seed: int) -> np.ndarray:
 def augment(images: Tensor, size: int, rng: torch.Generator, strength: float = 1.0) -> Tensor:
     """One random view of each image.
 
-    At full strength: crop of 75 … 100 % of the width with a frame of its own proportions (letterboxed like any
+    At full strength: crop of 80 … 100 % of the width with a frame of its own proportions (letterboxed like any
     picture), small rotation, flip, gain, contrast, gamma, blur, speckle and noise.
 
     Args:
@@ -134,7 +134,7 @@ def augment(images: Tensor, size: int, rng: torch.Generator, strength: float = 1
         values = low + (high - low) * torch.rand(count, generator=rng)
         return neutral + strength * (values - neutral)
 
-    scale, angle, aspect = draw(0.75, 1.0, 1.0), draw(-0.07, 0.07, 0.0), draw(0.75, 1.0, 1.0)
+    scale, angle, aspect = draw(0.8, 1.0, 1.0), draw(-0.07, 0.07, 0.0), draw(0.8, 1.0, 1.0)
     flip = torch.where(torch.rand(count, generator=rng) < 0.5, -1.0, 1.0)
     centre_x = (1 - scale) * (2 * torch.rand(count, generator=rng) - 1)
     centre_y = (1 - scale * aspect) * (2 * torch.rand(count, generator=rng) - 1)

@@ -13,8 +13,8 @@ from skimage.feature import SIFT
 
 from factory.imaging import as_grey
 
-SIDE = 224
-MAX_KEYPOINTS = 160
+SIDE = 192
+MAX_KEYPOINTS = 110
 MIN_MATCHES = 7
 TOLERANCE = 3.0
 
@@ -37,17 +37,20 @@ def keypoints(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return places[:, 1] + 1j * places[:, 0], descriptors / np.linalg.norm(descriptors, axis=1, keepdims=True)
 
 
+Keypoints = tuple[np.ndarray, np.ndarray]
+
+
 def matching_pairs(
-    images: Sequence[np.ndarray], sides: Sequence[str], min_inliers: int
+    found: Sequence[Keypoints], sides: Sequence[str], min_inliers: int
 ) -> list[tuple[int, int, int]]:
-    """(first, second, inliers) of all pairs on different `sides` with at least `min_inliers`."""
-    found = [keypoints(image) for image in images]
+    """(first, second, inliers) of all pairs on different `sides` with at least `min_inliers`; `found` is the
+    `keypoints` of each image."""
     starts = np.concatenate([[0], np.cumsum([len(places) for places, _ in found])])
     everything = np.concatenate([descriptors for _, descriptors in found])
     pairs = []
-    for first in range(len(images)):
+    for first in range(len(found)):
         similarity = found[first][1] @ everything[starts[first + 1] :].T
-        for second in range(first + 1, len(images)):
+        for second in range(first + 1, len(found)):
             if sides[first] == sides[second]:
                 continue
             low, high = starts[second] - starts[first + 1], starts[second + 1] - starts[first + 1]

@@ -41,7 +41,18 @@ def test_help_imports_nothing_heavy_and_answers_within_a_second() -> None:
 
 
 def test_every_verb_is_there() -> None:
-    names = ["prepare", "train", "synthesize", "curate", "query", "reproduce", "recipes", "demo", "doctor"]
+    names = [
+        "prepare",
+        "train",
+        "synthesize",
+        "curate",
+        "query",
+        "reproduce",
+        "browse",
+        "recipes",
+        "demo",
+        "doctor",
+    ]
     assert set(names) <= set(cli.VERBS)
     for verb in cli.VERBS.values():
         assert (Path(cli.__file__).parent / f"{verb.module.removeprefix('jobs.')}.py").is_file()

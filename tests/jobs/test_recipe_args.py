@@ -1,0 +1,93 @@
+"""Recipes on the command line: names, overrides, components by choice, and what a mistake is answered with."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from factory.recipes import RECIPES
+from factory.sources.masks import RealMasks
+from jobs.recipe_args import get_recipe, parse_args, parse_recipe
+from jobs.recipes import command
+from jobs.synthesize import Args
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_built_in_recipes_carry_their_own_name(name: str) -> None:
+    assert get_recipe(name).name == name
+
+
+def test_one_field_is_overridden_and_changes_the_fingerprint() -> None:
+    changed = parse_recipe("tiny", ["--sampling.num-inference-steps", "7"])
+    assert changed.sampling.num_inference_steps == 7
+    assert dataclasses.replace(changed, sampling=get_recipe("tiny").sampling) == get_recipe("tiny")
+    assert changed.fingerprint != get_recipe("tiny").fingerprint
+
+
+def test_training_and_filters_are_not_part_of_the_fingerprint() -> None:
+    changed = parse_recipe("tiny", ["--training.max-steps", "9"])
+    assert changed.training.max_steps == 9
+    assert changed.fingerprint == get_recipe("tiny").fingerprint
+    assert dataclasses.replace(changed, filters=()).fingerprint == changed.fingerprint
+
+
+def test_another_component_of_the_same_kind_is_chosen() -> None:
+    assert parse_recipe("tiny", ["masks:real-masks"]).masks == RealMasks()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--sampling.num-inference-stesp", "7"], "--sampling.num-inference-steps"),
+        (["--sampling.num-inference-steps", "many"], "many"),
+        (["masks:no-such-masks"], "no-such-masks"),
+    ],
+)
+def test_a_wrong_override_names_the_field(
+    overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_recipe("tiny", overrides)
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
+def test_a_mistyped_job_option_suggests_the_right_one() -> None:
+    needed = ["--recipe", "tiny", "--generator", "g", "--real", "r", "--out", "o"]
+    with pytest.raises(ValueError, match="--num-requests"):
+        parse_args(Args, [*needed, "--num-request", "3"], "factory synthesize")
+    args = parse_args(
+        Args, [*needed, "--num-requests", "3", "--sampling.guidance-scale", "2"], "factory synthesize"
+    )
+    assert args.num_requests == 3 and args.overrides == ("--sampling.guidance-scale", "2")
+
+
+def test_recipes_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_recipes.py").write_text(
+        "import dataclasses\nfrom factory.recipes import RECIPES\n"
+        "def mine():\n    return dataclasses.replace(RECIPES['tiny'](), name='mine')\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert get_recipe("my_recipes:mine").name == "mine"
+    for name, message in [
+        ("my_recipes:wrong", "returned a int"),
+        ("my_recipes:absent", "no function 'absent'"),
+        ("no_such_module:mine", "no_such_module"),
+        ("os:getcwd", "outside the working directory"),
+        ("tinyy", "did you mean 'tiny'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            get_recipe(name)
+
+
+def test_listing_and_showing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in RECIPES)
+    assert command(["show", "tiny", "--training.max-steps", "9"]) == 0
+    shown = capsys.readouterr().out
+    assert "max_steps = 9" in shown and "fingerprint" in shown
+    with pytest.raises(ValueError, match="show NAME"):
+        command(["hide", "tiny"])
