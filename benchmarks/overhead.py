@@ -21,7 +21,7 @@ def plain_loop(args, jobs_args) -> float:
     """Images per second of the stages in one process."""
     from factory.storage import Committer, create_table, write_fragment
     from factory.synthesis.stages import ACCOUNTS, FinishStage, SynthesisStage
-    from jobs.synthesize import execution, prepare, table_metadata
+    from jobs.synthesis_plan import execution, prepare, table_metadata
     from schemas.sample import synthetic_schema
 
     prepared = prepare(jobs_args)

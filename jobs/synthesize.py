@@ -15,94 +15,20 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tyro
 
-from factory.recipes import Recipe
-from factory.version import code_version
-from jobs.recipe_args import parse_args, parse_recipe
-from schemas.request import SynthesisPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Args:
-    """Arguments of `factory synthesize`; any further `--field.of.recipe value` overrides the recipe."""
-
-    recipe: str
-    """Built-in recipe or module:function."""
-    generator: str
-    """Folder that `factory train` wrote."""
-    real: str
-    """Real table that the generator was trained on."""
-    out: str
-    """Synthetic table to write or extend."""
-    num_requests: int | None = None
-    """Requests in all, over the classes as in the training split (or equally with --balance)."""
-    labels: str | None = None
-    """Requests per class instead: benign=500,malignant=500."""
-    balance: bool = False
-    """Equal counts per class."""
-    seed: int = 0
-    """Another seed is another plan: other images of the same recipe."""
-    adapters: tuple[str, ...] = ()
-    """LoRA adapter folders put on top of the generator."""
-    plan: bool = False
-    """Only print rows, bytes and checks."""
-    batch_size: int | None = None
-    """Images per batch; 16 on a CPU, 32 on a GPU."""
-    num_synthesizers: int | None = None
-    """Synthesizer actors; one per GPU, or one on a CPU machine."""
-    num_embedders: int = 1
-    """Embedder actors."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    dtype: str = "auto"
-    """float32, bfloat16 or auto (bfloat16 on a GPU)."""
-    compile: bool = False
-    """torch.compile the denoiser and the decoder."""
-    gpus_per_synthesizer: float = 1.0
-    """Share of a GPU that a synthesizer holds when the device is cuda."""
-    rows_per_fragment: int = 64
-    """Rows per Lance fragment, and so per ledger record."""
-    rows_per_commit: int = 256
-    """Commit at least every so many rows …"""
-    seconds_per_commit: float = 10.0
-    """… and every so many seconds."""
-    max_quarantined: float = 0.05
-    """Share of the requests that may fail before the job stops."""
-    max_tries: int = 3
-    """Times a request may kill its process, alone, before it is quarantined."""
-    retry_quarantined: bool = False
-    """Give the quarantined requests of this plan another chance."""
-    address: str | None = None
-    """Ray cluster to join; a private Ray is started without it."""
-    num_cpus: int | None = None
-    """CPUs of a private Ray."""
-    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Everything checked and fitted before compute is spent."""
-
-    recipe: Recipe
-    plan: SynthesisPlan
-    counts: Mapping[str, int]
-    request_stage: Any
-    filters: tuple[Any, ...]
-    embedder: Any
-    embedder_spec: Any
-    licence: str
-    real_version: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def indices(self) -> np.ndarray:
-        """Request indices of the whole plan as asked, int64."""
-        return self.plan.indices(self.counts)
+from jobs.recipe_args import parse_args
+from jobs.synthesis_plan import (
+    Args,
+    Prepared,
+    absolute,
+    execution,
+    plan_record,
+    prepare,
+    print_plan,
+    table_metadata,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,190 +61,6 @@ class SynthesisResult:
         return self.busy_seconds / max(self.made, 1) * self.committed / max(self.accepted, 1)
 
 
-def resolve_counts(args: Args, labels: Sequence[str], train_counts: Mapping[str, int]) -> dict[str, int]:
-    """Requests per class from --labels, or --num-requests by training proportions or equally.
-
-    Raises:
-        ValueError: nothing or too much is asked for, an unknown class, or a negative count.
-    """
-    if (args.labels is None) == (args.num_requests is None):
-        raise ValueError("give exactly one of --num-requests N and --labels benign=N,malignant=N")
-    if args.labels is not None:
-        counts: dict[str, int] = {}
-        for item in args.labels.split(","):
-            name, _, value = item.strip().partition("=")
-            if name not in labels:
-                raise ValueError(
-                    f"--labels: class {name!r} is not in the real table, which has {', '.join(labels)}"
-                )
-            if not value.isdigit():
-                raise ValueError(f"--labels: {item.strip()!r} wants a count, such as {name}=500")
-            counts[name] = counts.get(name, 0) + int(value)
-        return counts
-    total = args.num_requests or 0
-    if total < 0:
-        raise ValueError(f"--num-requests {total} is negative")
-    present = [name for name in labels if train_counts.get(name, 0) > 0]
-    weights = np.array([1.0 if args.balance else train_counts[name] for name in present])
-    exact = total * weights / weights.sum()
-    whole = np.floor(exact).astype(int)
-    for position in np.argsort(-(exact - whole), kind="stable")[: total - whole.sum()]:
-        whole[position] += 1
-    return {name: int(count) for name, count in zip(present, whole)}
-
-
-def prepare(args: Args) -> Prepared:
-    """Read, fit and check everything that the stream needs. Nothing is written.
-
-    Raises:
-        ValueError, FileNotFoundError: an input is missing or does not fit, named with what to do.
-    """
-    from factory.embedding import EmbedderSpec
-    from factory.generators.checkpoints import check_recipe, read_manifest
-    from factory.imaging import decode_rows
-    from factory.storage import class_names, open_table, real_digest, real_rows
-    from factory.synthesis.stages import RequestStage
-
-    recipe = parse_recipe(args.recipe, args.overrides)
-    real = open_table(args.real)
-    labels = class_names(real)
-    rows_table = real_rows(args.real, splits=("train",), version=real.version)
-    if rows_table.num_rows == 0:
-        raise ValueError(f"{args.real}: the train split is empty; run `factory prepare` again")
-    rows = decode_rows(rows_table, recipe.generator.resolution)
-    train_counts = {name: sum(row.label_name == name for row in rows) for name in labels}
-    counts = resolve_counts(args, labels, train_counts)
-    absent = [name for name, count in counts.items() if count and not train_counts.get(name)]
-    if absent:
-        raise ValueError(
-            f"class {absent[0]!r} has no training image in {args.real}: nothing to learn its masks from"
-        )
-    generator = Path(args.generator)
-    check_recipe(generator, recipe.name)
-    digest = real_digest(real)
-    notes = []
-    if read_manifest(generator)["recipe"].get("real_digest") not in (None, digest):
-        notes.append(f"the generator was trained on other real rows than the train split of {args.real}")
-    embeddings = np.stack(rows_table["embedding"].to_numpy(zero_copy_only=False)).astype(np.float32)
-    filters = tuple(item.fit(rows, embeddings) for item in recipe.filters)
-    weights = recipe.generator.weights(generator, tuple(Path(adapter) for adapter in args.adapters))
-    plan = SynthesisPlan(
-        recipe=recipe.name,
-        fingerprint=recipe.fingerprint,
-        weights=weights,
-        real_digest=digest,
-        seed=args.seed,
-        labels=labels,
-    )
-    spec = EmbedderSpec.from_json(real.metadata["embedder"])
-    licences = sorted(set(rows_table["licence"].to_pylist()))
-    return Prepared(
-        recipe=recipe,
-        plan=plan,
-        counts=counts,
-        request_stage=RequestStage(plan=plan, masks=recipe.masks.fit(rows), prompts=recipe.prompts.fit(rows)),
-        filters=filters,
-        embedder=spec.embedder(),
-        embedder_spec=spec,
-        licence="; ".join(licences),
-        real_version=real.version,
-        notes=tuple(notes),
-    )
-
-
-def execution(
-    args: Args, prepared: Prepared, cluster_cpus: float, cluster_gpus: float
-) -> tuple[Any, Any, Any]:
-    """Where the stream runs: settings of the stream, the synthesizers and the embedders."""
-    from factory.synthesis.stages import FinishSettings, SynthesizerSettings
-    from jobs.synthesis_stream import StreamSettings
-
-    device = args.device if args.device != "auto" else ("cuda" if cluster_gpus >= 1 else "cpu")
-    on_gpu = device.startswith("cuda")
-    dtype = args.dtype if args.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
-    batch_size = args.batch_size or (32 if on_gpu else 16)
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
-    per_gpu = int(cluster_gpus / args.gpus_per_synthesizer) if on_gpu else 1
-    num_synthesizers = args.num_synthesizers or max(per_gpu, 1)
-    stream_settings = StreamSettings(
-        num_synthesizers=num_synthesizers,
-        num_embedders=args.num_embedders,
-        gpus_per_synthesizer=args.gpus_per_synthesizer if on_gpu else 0.0,
-        cpus_per_synthesizer=0.5 if on_gpu else 0.8,
-        cpus_per_embedder=0.3,
-        batch_size=batch_size,
-        rows_per_fragment=args.rows_per_fragment,
-        max_tries=args.max_tries,
-    )
-    # The embedder's share is small, so on a CPU machine the synthesizers may use all cores between them.
-    threads = max(1, int(cluster_cpus) // num_synthesizers) if not on_gpu else None
-    synthesizer = SynthesizerSettings(
-        generator=prepared.recipe.generator,
-        checkpoint=str(Path(args.generator).resolve()),
-        adapters=tuple(str(Path(a).resolve()) for a in args.adapters),
-        sampling=prepared.recipe.sampling,
-        annotator=prepared.recipe.annotator,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        compile=args.compile,
-        num_threads=threads,
-    )
-    finish = FinishSettings(
-        plan=prepared.plan,
-        embedder=prepared.embedder,
-        filters=prepared.filters,
-        sampling=prepared.recipe.sampling,
-        resolution=prepared.recipe.generator.resolution,
-        licence=prepared.licence,
-        num_threads=1,
-    )
-    return stream_settings, synthesizer, finish
-
-
-def plan_record(args: Args, prepared: Prepared) -> dict[str, Any]:
-    """What `factory reproduce` needs to make any row of this plan again; stored in the table's metadata."""
-    return {
-        "recipe": args.recipe,
-        "overrides": list(args.overrides),
-        "generator": str(Path(args.generator).resolve()),
-        "adapters": [str(Path(a).resolve()) for a in args.adapters],
-        "real": str(Path(args.real).resolve()) if "://" not in args.real else args.real,
-        "real_version": prepared.real_version,
-        "seed": args.seed,
-        "fingerprint": prepared.plan.fingerprint,
-        "real_digest": prepared.plan.real_digest,
-        "weights": dict(prepared.plan.weights),
-        "labels": list(prepared.plan.labels),
-        "code_version": code_version(),
-    }
-
-
-def table_metadata(prepared: Prepared) -> dict[str, str]:
-    """Schema metadata of a synthetic table: every plan in it must agree with these."""
-    return {
-        "class_names": json.dumps(list(prepared.plan.labels)),
-        "embedder": prepared.embedder_spec.to_json(),
-    }
-
-
-def print_plan(args: Args, prepared: Prepared, missing: int) -> None:
-    """Rows, bytes and what was checked."""
-    total = sum(prepared.counts.values())
-    size = prepared.recipe.generator.resolution
-    megabytes = total * (size * size * 0.75 + 4 * prepared.embedder_spec.dim + 1500) / 1e6
-    print(f"plan         {prepared.plan.plan_id}")
-    print(f"recipe       {prepared.recipe.name}  fingerprint {prepared.plan.fingerprint}")
-    print(f"requests     {total}: " + ", ".join(f"{k}={v}" for k, v in prepared.counts.items()))
-    print(f"missing      {missing} (the rest is committed or quarantined in {args.out})")
-    print(f"images       {size}×{size}, about {megabytes:.1f} MB in all")
-    for name, digest in prepared.plan.weights.items():
-        print(f"weights      {name} {digest}")
-    for note in prepared.notes:
-        print(f"note         {note}")
-
-
 def run(args: Args) -> SynthesisResult | None:
     """Make every missing request of the plan; None with `--plan`.
 
@@ -331,6 +73,8 @@ def run(args: Args) -> SynthesisResult | None:
     from schemas.sample import synthetic_schema
 
     start = time.perf_counter()
+    # Workers have working directories of their own.
+    args = dataclasses.replace(args, out=absolute(args.out), real=absolute(args.real))
     prepared = prepare(args)
     if args.plan:
         print_plan(args, prepared, _count_missing(args, prepared))
@@ -345,12 +89,17 @@ def run(args: Args) -> SynthesisResult | None:
 
 
 def _count_missing(args: Args, prepared: Prepared) -> int:
-    from factory.storage import Committer
+    """Requests that are neither committed nor quarantined; takes no lease, so a running job is not disturbed."""
+    from factory.storage import QuarantineLog, open_table
 
-    if not Path(args.out).exists() and "://" not in args.out:
+    try:
+        table = open_table(args.out)
+    except FileNotFoundError:
         return len(prepared.indices)
-    with Committer(args.out, plan_id=prepared.plan.plan_id, run_id="plan") as committer:
-        return len(committer.missing(prepared.indices))
+    plan_id = prepared.plan.plan_id
+    committed = table.read(["request_index"], filter=f"plan_id = '{plan_id}'")["request_index"].to_numpy()
+    given_up = QuarantineLog(args.out, plan_id).indices()
+    return int((~np.isin(prepared.indices, np.concatenate([committed, given_up]))).sum())
 
 
 def _release_quarantined(uri: str, plan_id: str) -> None:

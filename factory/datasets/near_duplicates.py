@@ -248,7 +248,7 @@ def register_pairs(
     images: Sequence[np.ndarray],
     pairs: set[tuple[int, int]],
     *,
-    min_coarse: float = 0.4,
+    min_coarse: float = 0.375,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[tuple[int, int], Match]:
     """The match of each pair, searched in both directions; pairs below `min_coarse` are left out.

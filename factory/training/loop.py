@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from factory.training.checkpoints import checkpoint_steps, read_checkpoint, write_checkpoint
@@ -72,7 +73,7 @@ def train(
             loss or the gradient is no longer finite (the last checkpoint is then from before).
     """
     observer = observer or Observer()
-    start_step = resume(learner, out)
+    start_step, window = resume(learner, out, world.device)
     if start_step > settings.max_steps:
         raise ValueError(
             f"training.max_steps: {settings.max_steps} asked for, but {out} holds {start_step} steps already; "
@@ -83,7 +84,6 @@ def train(
         observer.on_start(start_step)
     if log is not None and start_step == 0 and not log.latest:
         log.write(0, constants or {})
-    window = _Window()
     step_seconds = 0.0
     begin = time.perf_counter()
     with ThreadPoolExecutor(1, thread_name_prefix="draw") as pool:
@@ -130,7 +130,13 @@ def train(
                 unfinished.replace(path)
                 observer.on_preview(done, path)
             if saves:
-                state = {"step": done, "world_size": world.size, **learner.state_dict()}
+                unreported = {} if reports else values
+                state = {
+                    "step": done,
+                    "window": unreported,
+                    "window_steps": window.count,
+                    **learner.state_dict(),
+                }
                 write_checkpoint(out, done, learner.tensors(), state, keep=settings.keep_checkpoints)
     return TrainingResult(
         start_step=start_step,
@@ -141,27 +147,33 @@ def train(
     )
 
 
-def resume(learner: DiffusionLearner, out: Path) -> int:
-    """Load the last checkpoint in `out` into the learner; returns its step, 0 where there is none."""
+def resume(learner: DiffusionLearner, out: Path, device: str) -> tuple[int, "_Window"]:
+    """Load the last checkpoint in `out` into the learner: its step, and the means not reported yet.
+
+    Step 0 where there is none.
+    """
     steps = checkpoint_steps(out)
     if not steps:
-        return 0
+        return 0, _Window()
     tensors, state = read_checkpoint(out, steps[-1])
     learner.load(tensors, state)
-    return steps[-1]
+    window = _Window()
+    window.count = int(state["window_steps"])
+    window.sums = {n: torch.tensor(v * window.count, device=device) for n, v in state["window"].items()}
+    return steps[-1], window
 
 
 class _Window:
-    """Sums of metrics since the last report, on the device."""
+    """Sums of metrics over `count` steps since the last report, on the device."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
 
     def means(self, world: World, step: int) -> dict[str, float]:
         """Means over the window and the processes. Collective.
@@ -169,7 +181,7 @@ class _Window:
         Raises:
             ValueError: one of them is not finite.
         """
-        values = world.mean({name: value / self._count for name, value in self._sums.items()})
+        values = world.mean({name: value / self.count for name, value in self.sums.items()})
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(

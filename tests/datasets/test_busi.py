@@ -62,7 +62,7 @@ def test_known_conflicts_and_shortcuts_are_reported(prepared: PreparedDataset) -
     pairs = {(conflict.first, conflict.second) for conflict in prepared.summary.conflicts}
     assert ("benign/benign (433).png", "malignant/malignant (145).png") in pairs
     assert 8 <= len(pairs) <= 16
-    assert prepared.summary.shortcuts.all == pytest.approx(0.62, abs=0.03)
+    assert prepared.summary.shortcuts.all == pytest.approx(0.62, abs=0.05)
 
 
 def test_pairs_verified_by_eye_are_in_one_split(prepared: PreparedDataset) -> None:

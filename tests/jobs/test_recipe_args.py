@@ -9,7 +9,7 @@ from factory.recipes import RECIPES
 from factory.sources.masks import RealMasks
 from jobs.recipe_args import get_recipe, parse_args, parse_recipe
 from jobs.recipes import command
-from jobs.synthesize import Args
+from jobs.synthesis_plan import Args
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -19,7 +19,8 @@ from factory.storage import QuarantineLog, class_names, open_table
 from factory.synthesis.annotators import RequestedMask
 from factory.synthesis.synthesizer import IMAGE_TOLERANCE
 from jobs import reproduce
-from jobs.synthesize import Args, SynthesisResult, command, prepare, resolve_counts, run
+from jobs.synthesis_plan import Args, prepare, resolve_counts
+from jobs.synthesize import SynthesisResult, command, run
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--sampling.num-inference-steps", "3")
@@ -71,6 +72,13 @@ def test_every_row_is_whole(first_run: Args) -> None:
         assert row["label_name"] in row["prompt"]
         assert row["code_version"] and row["fingerprint"] and row["source_parameters"] != "{}"
         assert row["num_inference_steps"] == 3
+
+
+@pytest.mark.slow
+def test_a_plan_counts_what_is_missing(first_run: Args, capsys: pytest.CaptureFixture[str]) -> None:
+    more = dataclasses.replace(first_run, labels="benign=9,malignant=5", plan=True)
+    assert run(more) is None
+    assert "missing      2 " in capsys.readouterr().out
 
 
 @pytest.mark.slow
