@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from jobs.curation_rows import RealRows, SyntheticRows
 
 
+LEAST_POWER = 0.5
+"""Share of planted copies below which the copy test's silence is not to be trusted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """Arguments of `factory curate`."""
@@ -366,7 +370,14 @@ def print_result(result: CurationResult) -> None:
     if result.power is not None:
         found = ", ".join(f"{kind} {share:.0%}" for kind, share in result.power.detected.items())
         print(f"of planted copies of {result.power.num_images} training images it finds: {found}")
-        if not result.rejected.get("near_copy_of_real"):
+        missed = [kind for kind, share in result.power.detected.items() if share < LEAST_POWER]
+        if missed:
+            print(
+                f"WARNING: the copy test misses most planted copies of kind {', '.join(missed)}, so finding none says "
+                "little. The usual cause: near-duplicates among the real images that share no group_id; let "
+                "`factory prepare` find them, or give patient ids"
+            )
+        elif not result.rejected.get("near_copy_of_real"):
             print("copies: not detected, at that power")
     share = result.accepted / max(result.total, 1)
     print(f"accepted {result.accepted} of {result.total} ({share:.0%})")

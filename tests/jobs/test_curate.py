@@ -1,5 +1,6 @@
 """`factory curate` on real tables: copies and duplicates are marked, nothing is dropped or rewritten."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from factory.curation.planted import planted_copy
+from factory.curation.planted import Power, planted_copy
 from factory.datasets.phantom import PhantomConfig, phantom_sample
 from factory.embedding import EmbedderSpec
 from factory.imaging import encode_png
@@ -343,3 +344,8 @@ def test_the_measured_power_is_told(
     assert result.power is not None and min(result.power.detected.values()) >= 2 / 3
     assert result.rejected == {"near_copy_of_real": 1}
     assert "of planted copies of 3 training images it finds: brightness_contrast" in capsys.readouterr().out
+    blind = Power(detected={"jpeg_75": 1.0, "shift": 0.1}, attributed=0.0, num_images=3)
+    print_result(dataclasses.replace(result, rejected={}, power=blind))
+    warned = capsys.readouterr().out
+    assert "WARNING: the copy test misses most planted copies of kind shift," in warned
+    assert "not detected" not in warned
