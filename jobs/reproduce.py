@@ -6,6 +6,7 @@ The requested mask and the prompt must come back bit-equal. The image must agree
 batched kernels (the last bits of a matrix product depend on the batch), the mask to an overlap of 0.99.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,7 +167,14 @@ def command(argv: Sequence[str]) -> int:
     import tyro
 
     args = tyro.cli(Args, args=list(argv), prog="factory reproduce", description=__doc__)
-    result = run(args)
+    from factory.tracking import track
+
+    with track(
+        "reproduce", execution_parameters=dataclasses.asdict(args), inputs={"synthetic": args.table}
+    ) as tracked:
+        result = run(args)
+        tracked.set({"request_id": result.request_id, "reproduced": str(result.agrees)})
+        tracked.metrics({"largest_difference": result.largest_difference, "mask_iou": result.mask_iou})
     print(f"request {result.request_id}")
     print(f"prompt          {'equal' if result.prompt_equal else 'DIFFERS'}")
     print(f"requested mask  {'bit-equal' if result.requested_mask_equal else 'DIFFERS'}")
