@@ -72,7 +72,7 @@ class EmbedderSpec:
         if dataclasses.replace(self, weights=None) != dataclasses.replace(other, weights=None):
             raise ValueError(
                 f"{where}: embedder {other.name} ({other.weights_digest[:8]}, {other.size} px) does not compare with "
-                f"{self.name} ({self.weights_digest[:8]}, {self.size} px); run `factory embed` or prepare again"
+                f"{self.name} ({self.weights_digest[:8]}, {self.size} px); prepare both tables with one embedder"
             )
 
 

@@ -90,12 +90,16 @@ def run(args: Args) -> SynthesisResult | None:
 
 def _count_missing(args: Args, prepared: Prepared) -> int:
     """Requests that are neither committed nor quarantined; takes no lease, so a running job is not disturbed."""
-    from factory.storage import QuarantineLog, open_table
+    from factory.storage import QuarantineLog, create_table, open_table
+    from schemas.sample import synthetic_schema
 
     try:
-        table = open_table(args.out)
+        open_table(args.out)
     except FileNotFoundError:
         return len(prepared.indices)
+    # The table is there, so this only checks that its schema, classes and embedder are this plan's.
+    schema = synthetic_schema(prepared.embedder_spec.dim)
+    table = create_table(args.out, schema, metadata=table_metadata(prepared))
     plan_id = prepared.plan.plan_id
     committed = table.read(["request_index"], filter=f"plan_id = '{plan_id}'")["request_index"].to_numpy()
     given_up = QuarantineLog(args.out, plan_id).indices()

@@ -32,6 +32,7 @@ _CROPS = (
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
 _MIN_CROP_SIMILARITY = 0.45
 """Cosine of thumbnails below which a crop and an image have nothing in common."""
+_SPECKLE_SIDE = 96
 _BLOCK = 1024
 _DOUBTFUL = (0.17, 0.5)
 """Correlations after which the other direction is tried as well."""
@@ -80,6 +81,8 @@ class NearDuplicates:
     Attributes:
         num_neighbours: candidates per image and per kind of similarity.
         frame_threshold: registered correlation of the same frame, at any crop and scale.
+        thumbnail_threshold: the same for images below 96 px, which show no speckle: weaker correlations mean
+            nothing there, and the two kinds of links below are not looked for by registration.
         examination_threshold: registered correlation of the same place at nearly the same scale.
         neighbour_threshold: the same for file numbers at most `neighbour_distance` apart.
         neighbour_quantile: such neighbours are also linked if their embeddings are more alike than this
@@ -90,6 +93,7 @@ class NearDuplicates:
 
     num_neighbours: int = 6
     frame_threshold: float = 0.5
+    thumbnail_threshold: float = 0.8
     examination_threshold: float = 0.27
     neighbour_threshold: float = 0.2
     neighbour_quantile: float = 0.995
@@ -99,7 +103,13 @@ class NearDuplicates:
     def __post_init__(self) -> None:
         if self.num_neighbours < 1:
             raise ValueError(f"num_neighbours: {self.num_neighbours} must be at least 1")
-        for name in ("frame_threshold", "examination_threshold", "neighbour_threshold", "neighbour_quantile"):
+        for name in (
+            "frame_threshold",
+            "thumbnail_threshold",
+            "examination_threshold",
+            "neighbour_threshold",
+            "neighbour_quantile",
+        ):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is outside (0, 1]")
 
@@ -140,23 +150,24 @@ class NearDuplicates:
         for first, second in sorted(candidates):
             match = matches.get((first, second), nothing)
             similarity = float(embeddings[first] @ embeddings[second])
-            kind = self._kind(match, (first, second) in neighbours, similarity > level)
+            shows_speckle = min(max(images[k].shape[:2]) for k in (first, second)) >= _SPECKLE_SIDE
+            kind = self._kind(match, (first, second) in neighbours, similarity > level, shows_speckle)
             if kind is not None:
                 pairs.append(DuplicatePair(first=first, second=second, kind=kind, correlation=match.correlation,
                                            overlap=match.overlap, similarity=similarity))  # fmt: skip
         group = connected_groups(len(images), [(pair.first, pair.second) for pair in pairs])
         return DuplicateGroups(group=group, pairs=tuple(pairs), num_candidates=len(candidates))
 
-    def _kind(self, match: Match, is_neighbour: bool, is_alike: bool) -> Kind | None:
+    def _kind(self, match: Match, is_neighbour: bool, is_alike: bool, shows_speckle: bool) -> Kind | None:
         overlaps = match.overlap >= self.min_overlap
-        if overlaps and match.correlation >= self.frame_threshold:
+        threshold = self.frame_threshold if shows_speckle else self.thumbnail_threshold
+        if overlaps and match.correlation >= threshold:
             return "frame"
-        if overlaps and _keeps_scale(match.placement) and match.correlation >= self.examination_threshold:
+        same_place = overlaps and shows_speckle and _keeps_scale(match.placement)
+        if same_place and match.correlation >= self.examination_threshold:
             return "examination"
-        if is_neighbour:
-            registered = overlaps and _keeps_scale(match.placement)
-            if (registered and match.correlation >= self.neighbour_threshold) or is_alike:
-                return "neighbour"
+        if is_neighbour and (is_alike or (same_place and match.correlation >= self.neighbour_threshold)):
+            return "neighbour"
         return None
 
 

@@ -254,5 +254,6 @@ def test_no_requests_make_an_empty_table(base_args: Args, tmp_path: Path) -> Non
 def test_a_table_of_another_schema_or_embedder_is_refused(
     base_args: Args, real_table: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="schema|column"):
-        run(dataclasses.replace(base_args, out=real_table, num_requests=1))
+    for plan in (False, True):
+        with pytest.raises(ValueError, match="schema|column"):
+            run(dataclasses.replace(base_args, out=real_table, num_requests=1, plan=plan))
