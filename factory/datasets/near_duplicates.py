@@ -93,7 +93,7 @@ class NearDuplicates:
 
     num_neighbours: int = 6
     frame_threshold: float = 0.5
-    thumbnail_threshold: float = 0.8
+    thumbnail_threshold: float = 0.75
     examination_threshold: float = 0.27
     neighbour_threshold: float = 0.2
     neighbour_quantile: float = 0.995

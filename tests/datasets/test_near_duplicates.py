@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from frame_variants import VARIANTS
+from frame_variants import VARIANTS, resized
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +87,11 @@ def test_bad_arguments_are_named() -> None:
         NearDuplicates().find(images, _noise_embeddings(3), sequences=[None])
     with pytest.raises(ValueError, match="frame_threshold"):
         NearDuplicates(frame_threshold=1.5)
+
+
+def test_thumbnails_are_linked_only_where_they_are_nearly_equal() -> None:
+    """At 28 px there is no speckle: weak correlations mean nothing, equal pictures are still found."""
+    frames = [resized(phantom_sample(PhantomConfig(size=112), 5, index).image, 0.25) for index in range(40)]
+    copy = np.clip(frames[3] * 0.9 + np.random.default_rng(0).normal(0, 2, (28, 28)), 0, 255).astype(np.uint8)
+    found = NearDuplicates().find([*frames, copy], _noise_embeddings(41))
+    assert [(pair.first, pair.second, pair.kind) for pair in found.pairs] == [(3, 40, "frame")]
