@@ -47,7 +47,7 @@ class Args:
     """Synthetic images to ask for; a larger number later only adds."""
     out: str = "runs/demo"
     """Folder of everything the demo writes."""
-    max_steps: int = 150
+    max_steps: int = 200
     """Training steps."""
     seed: int = 0
     """Seed of the phantoms, of the splits and of the plan."""

@@ -262,10 +262,10 @@ def _real_gallery(rows: Rows) -> report.Gallery:
 def _accepted_gallery(rows: Rows) -> report.Gallery:
     return _gallery(
         "Synthetic images, accepted",
-        "Each was made for the mask whose contour is drawn; that mask is its label. Cosine: similarity of the "
-        "embedding to the nearest real training image.",
+        "Each was made for the mask whose contour is drawn; that mask is its label. The number is the cosine of its "
+        "embedding and that of the nearest real training image.",
         balanced(rows.accepted, NUM_ACCEPTED),
-        lambda row: f"{row['label_name']} · {row['request_id'][:8]}\n{_cosine(row)}",
+        lambda row: f"{row['label_name']} · {_cosine(row)}\n{row['request_id'][:8]}",
     )
 
 
@@ -274,13 +274,13 @@ def _rejected_gallery(rows: Rows) -> report.Gallery:
         "Synthetic images, rejected",
         "Some of each reason.",
         balanced(rows.rejected, NUM_REJECTED, key="reject_reason"),
-        lambda row: f"{row['reject_reason']}\n{row['label_name']} · {row['request_id'][:8]}\n{_cosine(row)}",
+        lambda row: f"{row['reject_reason']}\n{row['label_name']} · {_cosine(row)}\n{row['request_id'][:8]}",
     )
 
 
 def _cosine(row: Mapping[str, Any]) -> str:
     similarity = row["nearest_real_similarity"]
-    return "not compared yet" if similarity is None else f"cosine {similarity:.3f}"
+    return "–" if similarity is None else f"{similarity:.3f}"
 
 
 def _training(paths: DemoPaths) -> list[report.Section]:

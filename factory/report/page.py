@@ -27,6 +27,11 @@ def _escape(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def _caption(text: str) -> str:
+    """Escaped, with places to break at underscores: reasons are long words for a narrow column."""
+    return f"<figcaption>{_escape(text).replace('_', '_<wbr>')}</figcaption>"
+
+
 def _image(image: np.ndarray, mask: np.ndarray | None, alt: str) -> str:
     """An image with its mask as an SVG contour; pointing at it hides the contour."""
     height, width = image.shape[:2]
@@ -111,7 +116,7 @@ class Gallery:
         masks = self.masks or [None] * len(self.images)
         captions = self.captions or [""] * len(self.images)
         figures = "".join(
-            f"<figure>{_image(image, mask, caption)}<figcaption>{_escape(caption)}</figcaption></figure>"
+            f"<figure>{_image(image, mask, caption)}{_caption(caption)}</figure>"
             for image, mask, caption in zip(self.images, masks, captions, strict=True)
         )
         return f'<div class="gallery">{figures}</div>'
