@@ -72,7 +72,7 @@ def main() -> None:
             num_timesteps=len(scheduler.alphas_cumprod),
         ),
         prompt_embeds=embeds,
-        condition=generator.condition,
+        conditions=generator.conditions,
         alphas_cumprod=scheduler.alphas_cumprod,
         prediction_type=scheduler.config.prediction_type,
         objectives=(NoisePrediction(),),

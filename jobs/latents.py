@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from factory.training.task import ROW_COLUMNS, TrainingTask
+from factory.training.task import ROW_COLUMNS, TrainingTask, load_rows, training_rows, usable_rows
 
 ROWS_PER_BATCH = 8
 BATCHES_PER_ACTOR = 8
@@ -24,22 +24,23 @@ class LatentEncoder:
         self._encode = encoder_of(load_for_training(task, device))
 
     def __call__(self, keys: pa.Table) -> pa.Table:
-        """Keys (image_id, flipped) → rows of the latent table."""
+        """Keys (image_id, flipped, hidden) → rows of the latent table."""
         from factory.imaging import decode_rows
         from factory.storage import open_table
-        from factory.training.latent_cache import encode_rows
+        from factory.training.latent_cache import Variant, encode_rows
 
         table = open_table(self._task.real, version=self._task.real_version)
+        wanted: dict[Variant, list[str]] = {}
+        for key in keys.to_pylist():
+            wanted.setdefault(Variant(key["flipped"], key["hidden"]), []).append(key["image_id"])
         done = []
-        for flipped in (False, True):
-            ids = [k["image_id"] for k in keys.to_pylist() if k["flipped"] == flipped]
-            if ids:
-                wanted = ", ".join(map(repr, ids))
-                rows = decode_rows(
-                    table.read(ROW_COLUMNS, filter=f"split IN ('train', 'val') AND image_id IN ({wanted})"),
-                    self._task.generator.resolution,
-                )
-                done.append(encode_rows(rows, self._encode, flipped=flipped))
+        for variant, ids in wanted.items():
+            listed = ", ".join(map(repr, ids))
+            rows = decode_rows(
+                table.read(ROW_COLUMNS, filter=f"split IN ('train', 'val') AND image_id IN ({listed})"),
+                self._task.generator.resolution,
+            )
+            done.append(encode_rows(rows, self._encode, variant))
         return pa.concat_tables(done)
 
 
@@ -50,26 +51,24 @@ def fill_latents_by_ray(task: TrainingTask, *, num_workers: int, use_gpu: bool, 
     """
     import ray.data
 
-    from factory.storage import open_table
-    from factory.training.latent_cache import add_latents, latents_uri, locked, missing_latents
+    from factory.training.latent_cache import add_latents, latents_uri, locked, missing_latents, variants_of
     from jobs.cluster import configure_data
 
     uri = latents_uri(task.real, task.generator)
-    table = open_table(task.real, version=task.real_version)
+    flips = (False, True) if task.settings.horizontal_flip else (False,)
+    training = training_rows(task, load_rows(task, "train"))
+    held_out = usable_rows(task, load_rows(task, "val"))
     with locked(uri):
-        keys: dict[tuple[str, bool], None] = {}
-        for split, flips in (("train", task.flips()), ("val", (False,))):
-            ids = table.read(["image_id"], filter=f"split = '{split}'")["image_id"].to_pylist()
-            keys |= dict.fromkeys(missing_latents(uri, ids, flips=flips))
-        if not keys:
+        missing = missing_latents(uri, training, variants_of(task, flips))
+        missing += missing_latents(uri, held_out, variants_of(task, (False,)))
+        if not missing:
             return 0
         configure_data()
-        names = list(keys)
+        names = [(row.image_id, *variant) for row, variant in missing]
         chunks = [names[start : start + ROWS_PER_BATCH] for start in range(0, len(names), ROWS_PER_BATCH)]
         # One block per batch: a table in one block would be encoded by one actor.
         blocks = [
-            pa.table({"image_id": [i for i, _ in chunk], "flipped": [f for _, f in chunk]})
-            for chunk in chunks
+            pa.table(dict(zip(("image_id", "flipped", "hidden"), map(list, zip(*chunk))))) for chunk in chunks
         ]
         encoded = ray.data.from_arrow(blocks).map_batches(
             LatentEncoder,

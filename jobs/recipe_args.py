@@ -53,11 +53,12 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe with single fields overridden, as typed on a command line.
 
     Raises:
-        ValueError: unknown recipe.
+        ValueError: unknown recipe, or components that cannot work together.
         SystemExit: an unknown field or a value of the wrong type (the message suggests the nearest field).
     """
     recipe = get_recipe(name)
     if not overrides:
+        recipe.check()
         return recipe
     import tyro
 
@@ -72,7 +73,9 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         prog=f"--recipe {name}",
         console_outputs=True,
     )
-    return dataclasses.replace(changed, name=recipe.name, paper=recipe.paper)
+    changed = dataclasses.replace(changed, name=recipe.name, paper=recipe.paper)
+    changed.check()
+    return changed
 
 
 def parse_args(kind: type[Args], argv: Sequence[str], prog: str, description: str = "") -> Args:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from factory.recipes import RECIPES
+from factory.recipes import RECIPES, Recipe
 from jobs.recipe_args import parse_recipe
 
 
@@ -41,6 +41,36 @@ def _availability(base: str) -> str:
     return "in the hub cache" if cached else "not on this machine (downloaded from the hub on first use)"
 
 
+def needs_of(recipe: Recipe) -> Iterator[str]:
+    """What a recipe must be given before it can synthesize, and whether that is there."""
+    generator = recipe.generator
+    yield f"base {generator.base}: {_availability(generator.base)}"
+    conditioning = generator.conditioning
+    if "masks" in {need for item in recipe.objectives for need in item.needs} or conditioning.uses_mask:
+        yield "real table with masks"
+    for name in ("masks", "prompts", "backgrounds"):
+        source = getattr(recipe, name)
+        if not hasattr(source, "weights"):
+            continue
+        try:
+            source.weights()
+        except (FileNotFoundError, ValueError) as error:
+            yield f"{name}: {error}"
+        else:
+            yield f"{name}: present"
+    if "sketches" in {need for item in recipe.objectives for need in item.needs}:
+        yield "sketches: drawn on first use and kept beside the real table"
+
+
+def trains(recipe: Recipe) -> str:
+    """Which weights `factory train` changes."""
+    generator = recipe.generator
+    unet = {"full": "UNet", "lora": f"UNet LoRA rank {generator.trainable.lora_rank}", "frozen": ""}
+    parts = [unet[generator.trainable.unet], "ControlNet" if generator.trains_controlnet else ""]
+    losses = " + ".join(type(item).__name__ for item in recipe.objectives)
+    return f"{' + '.join(part for part in parts if part)} by {losses}"
+
+
 def command(argv: Sequence[str]) -> int:
     """`factory recipes` and `factory recipes show NAME [overrides]`."""
     from rich.console import Console
@@ -54,6 +84,8 @@ def command(argv: Sequence[str]) -> int:
             raise ValueError(f"factory recipes {' '.join(argv)}: want nothing or `show NAME`")
         recipe = parse_recipe(argv[1], argv[2:])
         print("\n".join(_lines(recipe)))
+        for need in needs_of(recipe):
+            print(f"needs: {need}")
         print(f"fingerprint = {recipe.fingerprint}")
         return 0
     table = Table(show_lines=True)
@@ -61,13 +93,9 @@ def command(argv: Sequence[str]) -> int:
         table.add_column(heading, no_wrap=heading == "recipe")
     for name, make in RECIPES.items():
         recipe = make()
-        generator = recipe.generator
-        trains = f"UNet {generator.trainable.unet}" + (
-            " + ControlNet" if generator.trainable.controlnet else ""
-        )
-        needs = f"base {generator.base}: {_availability(generator.base)}"
+        conditioning = type(recipe.generator.conditioning).__name__
         table.add_row(
-            name, recipe.summary, recipe.paper, type(generator.conditioning).__name__, trains, needs
+            name, recipe.summary, recipe.paper, conditioning, trains(recipe), "\n".join(needs_of(recipe))
         )
     Console().print(table)
     return 0

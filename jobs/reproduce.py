@@ -92,8 +92,9 @@ def run(args: Args) -> Comparison:
     """
     from factory.imaging import decode_png, decode_rows
     from factory.storage import open_table, real_digest, real_rows
-    from factory.synthesis.stages import PIXEL_SCHEMA, RequestStage, SynthesisStage, SynthesizerSettings
+    from factory.synthesis.stages import PIXEL_SCHEMA, SynthesisStage
     from factory.synthesis.synthesizer import IMAGE_TOLERANCE
+    from jobs.assembly import all_weights, in_colour, make_request_stage, synthesizer_settings
     from jobs.recipe_args import parse_recipe
     from schemas.request import SynthesisPlan
 
@@ -108,7 +109,7 @@ def run(args: Args) -> Comparison:
         )
     generator = Path(args.generator or record["generator"])
     adapters = tuple(Path(a) for a in record["adapters"])
-    weights = recipe.generator.weights(generator, adapters)
+    weights = all_weights(recipe, generator, adapters)
     changed = [name for name, digest in record["weights"].items() if weights.get(name) != digest]
     if changed:
         raise ValueError(
@@ -127,15 +128,9 @@ def run(args: Args) -> Comparison:
         labels=tuple(record["labels"]),
     )
     rows = decode_rows(real_rows(real_uri, splits=("train",)), recipe.generator.resolution)
-    requests = RequestStage(plan=plan, masks=recipe.masks.fit(rows), prompts=recipe.prompts.fit(rows))
-    settings = SynthesizerSettings(
-        generator=recipe.generator,
-        checkpoint=str(generator),
-        adapters=tuple(str(a) for a in adapters),
-        sampling=recipe.sampling,
-        annotator=recipe.annotator,
-        batch_size=1,
-        device=args.device,
+    requests = make_request_stage(recipe, plan, rows)
+    settings = synthesizer_settings(
+        recipe, generator, adapters, colour=in_colour(rows), batch_size=1, device=args.device
     )
     request = requests([row["request_index"]])
     made = SynthesisStage(settings, plan)(request).select(PIXEL_SCHEMA.names).to_pylist()[0]
@@ -143,23 +138,39 @@ def run(args: Args) -> Comparison:
         raise ValueError(f"request {row['request_id']} failed this time: {made['error']}")
     stored = decode_png(row["image"])
     again = np.frombuffer(made["pixels"], np.uint8).reshape(stored.shape)
-    mask = decode_png(row["mask"])
-    mask_again = np.frombuffer(made["mask_pixels"], np.uint8).reshape(mask.shape)
-    union = np.count_nonzero((mask > 0) | (mask_again > 0))
+    iou = _mask_iou(row["mask"], made["mask_pixels"])
     difference = np.abs(stored.astype(int) - again.astype(int))
     return Comparison(
         request_id=row["request_id"],
         prompt_equal=made["prompt"] == row["prompt"],
-        requested_mask_equal=np.array_equal(
-            decode_png(made["requested_mask"]), decode_png(row["requested_mask"])
-        ),
-        mask_iou=np.count_nonzero((mask > 0) & (mask_again > 0)) / union if union else 1.0,
+        requested_mask_equal=_same_png(made["requested_mask"], row["requested_mask"]),
+        mask_iou=iou,
         largest_difference=int(difference.max()),
         mean_difference=float(difference.mean()),
         tolerance=IMAGE_TOLERANCE,
         stored=stored,
         again=again,
     )
+
+
+def _same_png(one: bytes | None, two: bytes | None) -> bool:
+    from factory.imaging import decode_png
+
+    if one is None or two is None:
+        return one is two
+    return bool(np.array_equal(decode_png(one), decode_png(two)))
+
+
+def _mask_iou(stored: bytes | None, again: bytes | None) -> float:
+    """Overlap of a stored mask (PNG) and raw bytes of the one made again; 1 where both are absent or empty."""
+    from factory.imaging import decode_png
+
+    if stored is None or again is None:
+        return float(stored is again)
+    mask = decode_png(stored) > 0
+    mask_again = np.frombuffer(again, np.uint8).reshape(mask.shape) > 0
+    union = np.count_nonzero(mask | mask_again)
+    return np.count_nonzero(mask & mask_again) / union if union else 1.0
 
 
 def command(argv: Sequence[str]) -> int:

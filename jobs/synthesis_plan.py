@@ -83,6 +83,7 @@ class Prepared:
     plan: SynthesisPlan
     counts: Mapping[str, int]
     request_stage: Any
+    colour: bool
     filters: tuple[Any, ...]
     embedder: Any
     embedder_spec: Any
@@ -142,7 +143,7 @@ def prepare(args: Args) -> Prepared:
     from factory.generators.checkpoints import check_recipe, read_manifest
     from factory.imaging import decode_rows
     from factory.storage import class_names, open_table, real_digest, real_rows
-    from factory.synthesis.stages import RequestStage
+    from jobs.assembly import all_weights, in_colour, make_request_stage
 
     recipe = parse_recipe(args.recipe, args.overrides)
     real = open_table(args.real)
@@ -169,7 +170,7 @@ def prepare(args: Args) -> Prepared:
     for item in filters:
         for label, reason in getattr(item, "off", {}).items():
             notes.append(f"{type(item).__name__} does not judge class {labels[label]}: {reason}")
-    weights = recipe.generator.weights(generator, tuple(Path(adapter) for adapter in args.adapters))
+    weights = all_weights(recipe, generator, [Path(adapter) for adapter in args.adapters])
     plan = SynthesisPlan(
         recipe=recipe.name,
         fingerprint=recipe.fingerprint,
@@ -184,7 +185,8 @@ def prepare(args: Args) -> Prepared:
         recipe=recipe,
         plan=plan,
         counts=counts,
-        request_stage=RequestStage(plan=plan, masks=recipe.masks.fit(rows), prompts=recipe.prompts.fit(rows)),
+        request_stage=make_request_stage(recipe, plan, rows),
+        colour=in_colour(rows),
         filters=filters,
         embedder=spec.embedder(),
         embedder_spec=spec,
@@ -198,7 +200,8 @@ def execution(
     args: Args, prepared: Prepared, cluster_cpus: float, cluster_gpus: float
 ) -> tuple[Any, Any, Any]:
     """Where the stream runs: settings of the stream, the synthesizers and the embedders."""
-    from factory.synthesis.stages import FinishSettings, SynthesizerSettings
+    from factory.synthesis.stages import FinishSettings
+    from jobs.assembly import synthesizer_settings
     from jobs.synthesis_stream import StreamSettings
 
     device = args.device if args.device != "auto" else ("cuda" if cluster_gpus >= 1 else "cpu")
@@ -221,12 +224,11 @@ def execution(
     )
     # The embedder's share is small, so on a CPU machine the synthesizers may use all cores between them.
     threads = max(1, int(cluster_cpus) // num_synthesizers) if not on_gpu else None
-    synthesizer = SynthesizerSettings(
-        generator=prepared.recipe.generator,
-        checkpoint=str(Path(args.generator).resolve()),
-        adapters=tuple(str(Path(a).resolve()) for a in args.adapters),
-        sampling=prepared.recipe.sampling,
-        annotator=prepared.recipe.annotator,
+    synthesizer = synthesizer_settings(
+        prepared.recipe,
+        Path(args.generator),
+        [Path(adapter) for adapter in args.adapters],
+        colour=prepared.colour,
         batch_size=batch_size,
         device=device,
         dtype=dtype,
@@ -239,6 +241,7 @@ def execution(
         filters=prepared.filters,
         sampling=prepared.recipe.sampling,
         resolution=prepared.recipe.generator.resolution,
+        colour=prepared.colour,
         licence=prepared.licence,
         num_threads=1,
     )

@@ -47,9 +47,8 @@ class SynthesisPlan:
     Attributes:
         recipe: name of the recipe.
         fingerprint: hash of the recipe's parts that change pixels or masks.
-        weights: digest of every weight file set used, by part name.
+        weights: digest of every weight file set and of every table that a source reads, by name.
         real_digest: content digest of the real training rows used.
-        captions_digest: content digest of the caption table, "" where none is used.
         seed: the operator's --seed.
         labels: class table of the real dataset, in its order.
     """
@@ -58,7 +57,6 @@ class SynthesisPlan:
     fingerprint: str
     weights: Mapping[str, str]
     real_digest: str
-    captions_digest: str = ""
     seed: int = 0
     labels: tuple[str, ...]
     plan_id: str = field(init=False)
@@ -68,7 +66,7 @@ class SynthesisPlan:
             raise ValueError("labels: a plan needs at least one class")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: duplicate class name in {self.labels}")
-        parts: list[str | int] = [self.fingerprint, self.real_digest, self.captions_digest, self.seed]
+        parts: list[str | int] = [self.fingerprint, self.real_digest, self.seed]
         for name in sorted(self.weights):
             parts += [name, self.weights[name]]
         object.__setattr__(self, "plan_id", hash_parts("plan", *parts, "labels", *self.labels))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from factory.diffusion.conditions import Conditions
 from factory.diffusion.guidance import DenoisingStep, Guidance, is_active
 from factory.diffusion.sampling import Sampling
 
@@ -37,9 +38,8 @@ def denoise(
     denoiser: nn.Module,
     noise_scheduler: Any,
     latents: Tensor,
-    prompt_embeds: Tensor,
-    null_embeds: Tensor | None,
-    controlnet_cond: Tensor | None,
+    conditions: Conditions,
+    null_conditions: Conditions | None,
     *,
     num_inference_steps: int,
     guidance_scale: float,
@@ -55,18 +55,17 @@ def denoise(
     call of twice the batch, and only while it is on.
 
     Args:
-        denoiser: `(latents, timesteps (B,), prompt_embeds, controlnet_cond) -> prediction`.
+        denoiser: `(latents, timesteps (B,), **conditions.arguments()) -> prediction`.
         noise_scheduler: a diffusers inference schedule; its timesteps are set here.
         latents: (B, C, h, w) standard normal noise.
-        prompt_embeds: (B, L, D).
-        null_embeds: (1, L, D) or (B, L, D); may be None where guidance_scale is 1.
-        controlnet_cond: (B, K, R, R), or None.
+        conditions: of the B images.
+        null_conditions: of the unconditional side, for B images; may be None where guidance_scale is 1.
         num_inference_steps, guidance_scale, guidance_start, guidance_stop, eta: see `Sampling`.
         guidances: hooks, applied in order.
         rngs: one per image, for all noise drawn inside the loop.
 
     Raises:
-        ValueError: guidance without null_embeds, or another number of rngs than images.
+        ValueError: guidance without null_conditions, or another number of rngs than images.
     """
     batch = latents.shape[0]
     if rngs and len(rngs) != batch:
@@ -74,12 +73,10 @@ def denoise(
     if (eta or guidances) and not rngs:
         raise ValueError("rngs: needed where the loop draws noise (eta or guidances)")
     guided = guidance_scale != 1.0 and guidance_start < guidance_stop
-    if guided and null_embeds is None:
-        raise ValueError(f"null_embeds: needed for guidance_scale={guidance_scale}")
-    embeds_of_both, cond_of_both = prompt_embeds, controlnet_cond
-    if guided and null_embeds is not None:
-        embeds_of_both = torch.cat([null_embeds.expand_as(prompt_embeds), prompt_embeds])
-        cond_of_both = None if controlnet_cond is None else torch.cat([controlnet_cond, controlnet_cond])
+    if guided and null_conditions is None:
+        raise ValueError(f"null_conditions: needed for guidance_scale={guidance_scale}")
+    one_side = conditions.arguments()
+    both_sides = one_side if null_conditions is None else null_conditions.then(conditions).arguments()
 
     noise_scheduler.set_timesteps(num_inference_steps, device=latents.device)
     timesteps = noise_scheduler.timesteps
@@ -93,18 +90,19 @@ def denoise(
             next_timestep=timesteps[index + 1] if index + 1 < len(timesteps) else None,
             noise_scheduler=noise_scheduler,
             rngs=rngs,
+            is_guided=guided and is_active(guidance_start, guidance_stop, index / len(timesteps)),
         )
         active = [g for g in guidances if is_active(g.start, g.stop, step.fraction)]
         for guidance in active:
             latents = guidance.before_step(latents, step)
-        inputs = noise_scheduler.scale_model_input(latents, timestep).to(prompt_embeds.dtype)
-        if guided and is_active(guidance_start, guidance_stop, step.fraction):
+        inputs = noise_scheduler.scale_model_input(latents, timestep).to(conditions.prompt_embeds.dtype)
+        if step.is_guided:
             both = torch.cat([inputs, inputs])
-            prediction = denoiser(both, timestep.expand(2 * batch), embeds_of_both, cond_of_both).float()
+            prediction = denoiser(both, timestep.expand(2 * batch), **both_sides).float()
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
         else:
-            prediction = denoiser(inputs, timestep.expand(batch), prompt_embeds, controlnet_cond).float()
+            prediction = denoiser(inputs, timestep.expand(batch), **one_side).float()
         latents = noise_scheduler.step(prediction, timestep, latents, return_dict=False, **step_arguments)[0]
         for guidance in active:
             latents = guidance.after_step(latents, step)

@@ -3,12 +3,14 @@
 Classifier-free guidance is not one of them: it lives in the loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from factory.diffusion.conditions import Conditions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class DenoisingStep:
         next_timestep: of the latents after it; None after the last step, where they are clean.
         noise_scheduler: the diffusers schedule of this loop.
         rngs: one generator per image, on the CPU.
+        is_guided: whether classifier-free guidance is on: the denoiser then gets the unconditional images and
+            behind them the conditional ones in one call of 2 B.
     """
 
     index: int
@@ -29,10 +33,42 @@ class DenoisingStep:
     next_timestep: Tensor | None
     noise_scheduler: Any
     rngs: Sequence[torch.Generator]
+    is_guided: bool = False
 
     @property
     def fraction(self) -> float:
         return self.index / self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DenoisingBatch:
+    """A batch about to be denoised: all that a guidance or an annotator is bound to.
+
+    Attributes:
+        denoiser: `(latents, timesteps, **conditions.arguments()) -> prediction`, not compiled; its UNet is `unet`.
+        conditions: of the B images, the conditional side.
+        prompts: B texts.
+        token_positions: a word → for each prompt the places of its tokens in the padded row of tokens.
+        num_tokens: tokens of each prompt with its begin and end, without padding.
+        masks: requested label maps, uint8 (B, R, R), or None.
+        backgrounds: scaled latents (B, C, h, w) of the background images, or None.
+        resolution: R, px.
+    """
+
+    denoiser: nn.Module
+    conditions: Conditions
+    prompts: Sequence[str]
+    token_positions: Callable[[str], list[list[int]]]
+    num_tokens: Sequence[int]
+    masks: Tensor | None
+    backgrounds: Tensor | None
+    resolution: int
+
+
+class GuidanceComponent(Protocol):
+    """What a recipe holds: settings, which become a guidance when a batch is at hand."""
+
+    def bind(self, batch: DenoisingBatch) -> "Guidance": ...
 
 
 class Guidance(Protocol):
@@ -59,7 +95,7 @@ def draw_noise(shape: tuple[int, ...], rngs: Sequence[torch.Generator], device: 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MaskedBlend:
+class BoundMaskedBlend:
     """Keep a given image outside the mask (Xie et al. 2025, Eq. 2).
 
     After each step x ← M ⊙ x + (1 − M) ⊙ q(x_{t−1} | z₀), with z₀ itself after the last step. Deviates: the

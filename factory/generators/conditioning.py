@@ -1,4 +1,7 @@
-"""What goes into a latent diffusion model beside the noisy latents."""
+"""What goes into a latent diffusion model beside the noisy latents.
+
+Every conditioning also feeds a prompt to the cross-attention; one that means nothing is the empty prompt.
+"""
 
 from dataclasses import dataclass
 
@@ -7,9 +10,7 @@ from dataclasses import dataclass
 class TextOnly:
     """A prompt through the base's text encoder and cross-attention; no mask."""
 
-    @property
-    def uses_mask(self) -> bool:
-        return False
+    uses_mask = uses_class = uses_inpaint = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +25,45 @@ class TextAndMask:
     """
 
     num_mask_classes: int = 1
+    uses_mask = True
+    uses_class = uses_inpaint = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_mask_classes <= 255:
             raise ValueError(f"num_mask_classes={self.num_mask_classes}: want 1 … 255 foreground classes")
 
-    @property
-    def uses_mask(self) -> bool:
-        return True
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLabel:
+    """The class through an embedding that is added to the timestep's (Chen et al. 2025, long-tailed ultrasound).
+
+    The reference implementation of the work they build on has exactly one embedding per class, so that
+    classifier-free guidance over the class is impossible; here one more stands for "no class" and is trained
+    by `training.prompt_dropout`.
+
+    Attributes:
+        num_classes: at least as many as the dataset has; spare embeddings are never used.
+    """
+
+    num_classes: int = 16
+    uses_class = True
+    uses_mask = uses_inpaint = False
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes={self.num_classes}: want at least 1")
 
 
-Conditioning = TextOnly | TextAndMask
+@dataclass(frozen=True, kw_only=True)
+class TextAndInpaint:
+    """A prompt, the mask at latent size and the latents of the image without what lies under the mask.
+
+    The 9-channel input of Stable Diffusion's inpainting checkpoints, which the authors' code of Xie et al. 2025
+    trains. A base with plain input is widened by zero weights, so that it computes the same at first.
+    """
+
+    uses_inpaint = True
+    uses_mask = uses_class = False
+
+
+Conditioning = TextOnly | TextAndMask | ClassLabel | TextAndInpaint

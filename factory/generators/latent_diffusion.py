@@ -9,6 +9,7 @@ from factory.generators.checkpoints import (
     check_built_on,
     check_generator,
     digest_base,
+    digest_part,
     digest_parts,
     read_manifest,
     weight_variant,
@@ -57,18 +58,31 @@ class LatentDiffusion:
         conditioning: what goes in beside the noise.
         trainable: what training changes.
         resolution: side of the square images, px; a multiple of eight.
+        vae: folder of a fine-tuned autoencoder (`factory train --part vae`) in the place of the base's.
+        placeholders: (token, word) pairs: tokens added to the text encoder whose embedding is, and stays, the
+            mean of the word's pieces (Shentu et al. 2025; their code keeps the first piece only).
     """
 
     base: str = execution_field("tiny")
     conditioning: Conditioning = field(default_factory=TextAndMask)
     trainable: Trainable = field(default_factory=Trainable)
     resolution: int = 512
+    vae: str | None = execution_field(None)
+    placeholders: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.resolution < 8 or self.resolution % 8:
             raise ValueError(f"resolution={self.resolution}: want a positive multiple of 8 px")
         if self.trainable.unet == "frozen" and not self.trains_controlnet:
             raise ValueError("trainable: nothing would be trained (unet='frozen' and no ControlNet)")
+        if self.trainable.unet != "full" and (self.conditioning.uses_class or self.conditioning.uses_inpaint):
+            raise ValueError(
+                f"trainable.unet={self.trainable.unet!r}: {type(self.conditioning).__name__} adds weights to the UNet "
+                "itself, so all of it must be trained; use unet='full'"
+            )
+        tokens = [token for token, _ in self.placeholders]
+        if len(set(tokens)) < len(tokens) or any(" " in token or not token for token in tokens):
+            raise ValueError(f"placeholders: want distinct tokens without spaces, got {tokens}")
 
     @property
     def trains_controlnet(self) -> bool:
@@ -91,8 +105,30 @@ class LatentDiffusion:
             )
         return _from_hub(self.base)
 
+    def vae_folder(self) -> Path:
+        """The folder whose `vae/` is used: the base's, or that of the fine-tuned one.
+
+        Raises:
+            FileNotFoundError: `vae` names no folder.
+        """
+        if self.vae is None:
+            return self.base_folder()
+        folder = Path(self.vae).expanduser()
+        if not (folder / "vae").is_dir():
+            raise FileNotFoundError(
+                f"generator.vae={self.vae}: {folder / 'vae'} does not exist; `factory train --part vae` makes it"
+            )
+        return folder
+
+    def ground(self) -> dict[str, str]:
+        """Digests of the weights upon which training starts: "base", and "vae" where it is another one."""
+        digests = {"base": digest_base(self.base_folder())}
+        if self.vae is not None:
+            digests["vae"] = digest_part(self.vae_folder(), "vae")
+        return digests
+
     def weights(self, checkpoint: Path | None = None, adapters: tuple[Path, ...] = ()) -> dict[str, str]:
-        """Digest of every weight set used, by part: "base", then "controlnet", "unet", "unet_lora", "adapter_0", ….
+        """Digest of every weight set used, by part: "base", then "vae", "controlnet", "unet", "unet_lora", "adapter_0", ….
 
         Reads bytes only; no torch. Also checks that the parts belong together.
 
@@ -100,7 +136,7 @@ class LatentDiffusion:
             FileNotFoundError: a part is missing.
             ValueError: the checkpoint is of another generator, or was trained upon other weights.
         """
-        digests = {"base": digest_base(self.base_folder())}
+        digests = self.ground()
         if checkpoint is not None:
             check_generator(checkpoint, canonical(self))
             check_built_on(checkpoint, digests)
@@ -153,7 +189,7 @@ class LatentDiffusion:
         """Refuse a checkpoint that is no adapter for this generator, with a ValueError that says why."""
         wanted = canonical(self)
         found = read_manifest(adapter)["generator"]
-        for name in ("conditioning", "resolution"):
+        for name in ("conditioning", "resolution", "placeholders"):
             if found.get(name) != wanted[name]:
                 raise ValueError(
                     f"{adapter}: adapter of another generator: {name} is {found.get(name)} in the adapter and "

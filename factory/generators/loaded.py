@@ -7,6 +7,7 @@ D width of the text encoder, K foreground mask classes.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from factory.diffusion.conditions import Conditions
+from factory.diffusion.latent_masks import latent_masks
 from factory.generators.checkpoints import MANIFEST
-from factory.generators.conditioning import TextAndMask
+from factory.generators.conditioning import ClassLabel, TextAndMask
 from factory.generators.latent_diffusion import LatentDiffusion
 from factory.generators.lora import TRAINED_ADAPTER, has_lora, merge_lora, save_lora
 from schemas.identity import canonical
@@ -49,10 +52,12 @@ class Denoiser(nn.Module):
         timesteps: Tensor,
         prompt_embeds: Tensor,
         controlnet_cond: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        inpaint: Tensor | None = None,
     ) -> Tensor:
-        """Model prediction (B, C, h, w) for noisy latents (B, C, h, w), timesteps (B,) or (), embeds (B, L, D).
+        """Model prediction (B, C, h, w) for noisy latents (B, C, h, w) and timesteps (B,) or (); see `Conditions`.
 
-        `controlnet_cond` is (B, K, R, R) in [0, 1]; needed exactly where there is a ControlNet.
+        `controlnet_cond` is needed exactly where there is a ControlNet.
         """
         if (self.controlnet is None) != (controlnet_cond is None):
             raise ValueError(
@@ -65,9 +70,10 @@ class Denoiser(nn.Module):
                 latents, timesteps, prompt_embeds, controlnet_cond=controlnet_cond, return_dict=False
             )
         return self.unet(
-            latents,
+            latents if inpaint is None else torch.cat([latents, inpaint.to(latents.dtype)], dim=1),
             timesteps,
             prompt_embeds,
+            class_labels=class_labels,
             down_block_additional_residuals=down,
             mid_block_additional_residual=mid,
             return_dict=False,
@@ -120,24 +126,107 @@ class LoadedGenerator:
         """The one module over UNet and ControlNet; the same object at every call."""
         return self._denoiser
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """L: tokens of the text encoder, with begin, end and padding."""
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
+    def tokenize(self, prompts: Sequence[str]) -> Any:
+        """`input_ids` and `attention_mask` (B, L), padded and cut to the text encoder's length."""
+        length = self.num_prompt_tokens
+        return self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D) last hidden states of the text encoder, padded to its full length."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
+        return self.text_encoder(self.tokenize(prompts).input_ids.to(self.device)).last_hidden_state
+
+    def token_positions(self, prompts: Sequence[str], word: str) -> list[list[int]]:
+        """Where the tokens of `word` first stand in each prompt's row of L tokens; an empty list where it is absent."""
+        pieces = self.tokenizer(word, add_special_tokens=False).input_ids
+        found = []
+        for row in self.tokenize(prompts).input_ids.tolist():
+            starts = (i for i in range(len(row)) if row[i : i + len(pieces)] == pieces)
+            start = next(starts, None)
+            found.append([] if start is None or not pieces else list(range(start, start + len(pieces))))
+        return found
+
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt with begin and end, without padding, at most L."""
+        return self.tokenize(prompts).attention_mask.sum(dim=1).tolist()
 
     def null_prompt(self) -> Tensor:
         """(1, L, D) of the empty prompt: the unconditional side of classifier-free guidance."""
         return self.encode_prompts([""])
 
+    def conditions(
+        self,
+        prompt_embeds: Tensor,
+        *,
+        masks: Tensor | None = None,
+        labels: Tensor | None = None,
+        masked_latents: Tensor | None = None,
+        check: bool = True,
+    ) -> Conditions:
+        """What this generator's conditioning takes of what there is; the rest is left out.
+
+        Args:
+            prompt_embeds: (B, L, D).
+            masks: label maps, uint8 (B, R, R).
+            labels: class numbers, int64 (B,); −1 is no class.
+            masked_latents: of the images without what lies under their mask, (B, C, h, w).
+            check: as in `condition`.
+
+        Raises:
+            ValueError: something that the conditioning needs is None.
+        """
+        conditioning = self.generator.conditioning
+        needed = {
+            "masks": (masks, conditioning.uses_mask or conditioning.uses_inpaint),
+            "labels": (labels, conditioning.uses_class),
+            "masked_latents": (masked_latents, conditioning.uses_inpaint),
+        }
+        for name, (value, wanted) in needed.items():
+            if wanted and value is None:
+                raise ValueError(f"{name}: {type(conditioning).__name__} needs them")
+        controlnet_cond = class_labels = inpaint = None
+        if conditioning.uses_mask and masks is not None:
+            controlnet_cond = self.condition(masks, check=check)
+        if isinstance(conditioning, ClassLabel) and labels is not None:
+            class_labels = torch.where(labels < 0, conditioning.num_classes, labels).to(self.device)
+        if conditioning.uses_inpaint and masks is not None and masked_latents is not None:
+            inpaint = torch.cat(
+                [latent_masks(masks.to(self.device), self.latent_shape[1]), masked_latents.to(self.device)], dim=1
+            )
+        return Conditions(
+            prompt_embeds=prompt_embeds,
+            controlnet_cond=controlnet_cond,
+            class_labels=class_labels,
+            inpaint=inpaint,
+        )
+
+    def unconditional(self, conditions: Conditions, null_prompt: Tensor) -> Conditions:
+        """The other side of classifier-free guidance: null prompt (1, L, D), no class, the same mask and image."""
+        labels = conditions.class_labels
+        if labels is not None:
+            assert isinstance(self.generator.conditioning, ClassLabel)
+            labels = torch.full_like(labels, self.generator.conditioning.num_classes)
+        return replace(
+            conditions,
+            prompt_embeds=null_prompt.expand_as(conditions.prompt_embeds),
+            class_labels=labels,
+        )
+
     @torch.no_grad()
-    def encode_images(self, images: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+    def encode_images(
+        self, images: Tensor | np.ndarray, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, C, h, w) of the scaled latents of uint8 images (B, R, R) or (B, R, R, 3).
 
-        Grey images are replicated to RGB. A latent is mean + exp(logvar / 2) · noise.
+        Grey images are replicated to RGB. A latent is mean + exp(logvar / 2) · noise. Pixels where `hidden`, label
+        maps uint8 (B, R, R), is not 0 are blanked to mid-grey first, as for inpainting.
         """
         pixels = torch.as_tensor(images)
         if (
@@ -152,6 +241,8 @@ class LoadedGenerator:
         if pixels.ndim == 3:
             pixels = pixels.unsqueeze(-1).expand(-1, -1, -1, 3)
         inputs = pixels.to(self.device).permute(0, 3, 1, 2).contiguous().to(self.vae.dtype) / 127.5 - 1.0
+        if hidden is not None:
+            inputs = inputs * (hidden.to(self.device)[:, None] == 0)
         posterior = self.vae.encode(inputs).latent_dist
         scale = self.vae.config.scaling_factor
         shift = self.vae.config.shift_factor or 0.0

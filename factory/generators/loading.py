@@ -18,13 +18,12 @@ from factory.generators.checkpoints import (
     CHECKPOINT_PARTS,
     check_built_on,
     check_generator,
-    digest_base,
     digest_parts,
     part_files,
     read_manifest,
     weight_variant,
 )
-from factory.generators.conditioning import TextAndMask
+from factory.generators.conditioning import ClassLabel, TextAndInpaint, TextAndMask
 from factory.generators.latent_diffusion import LatentDiffusion
 from factory.generators.loaded import LoadedGenerator, controlnet_from_unet, vae_factor
 from factory.generators.lora import TRAINED_ADAPTER, add_lora, load_lora, merge_lora
@@ -46,14 +45,16 @@ def load_generator(
 ) -> LoadedGenerator:
     """See `LatentDiffusion.load`."""
     base = generator.base_folder()
-    built_on = {"base": digest_base(base)}
-    vae = _load_strict(AutoencoderKL, base, "vae")
+    built_on = generator.ground()
+    vae = _load_strict(AutoencoderKL, generator.vae_folder(), "vae")
     text_encoder = _load_strict(CLIPTextModel, base, "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    add_placeholders(tokenizer, text_encoder, generator.placeholders)
     unet = _load_strict(UNet2DConditionModel, base, "unet")
     _check_resolution(generator, base, vae, unet)
     controlnet = None
     if adapt_from is not None:
-        check_built_on(adapt_from, {"base": built_on["base"]})
+        check_built_on(adapt_from, built_on)
         _check_same_inputs(adapt_from, generator)
         unet, controlnet = _apply(adapt_from, unet, controlnet)
         merge_lora(unet)
@@ -75,7 +76,7 @@ def load_generator(
         generator,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(base / "tokenizer"),
+        tokenizer=tokenizer,
         unet=unet,
         controlnet=controlnet,
         noise_scheduler=DDPMScheduler.from_pretrained(base / "scheduler"),
@@ -138,16 +139,20 @@ def _check_resolution(
     step = vae_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
     if generator.resolution % step:
         raise ValueError(f"resolution={generator.resolution}: the base {base} needs a multiple of {step} px")
-    if unet.config.in_channels != vae.config.latent_channels:
+    channels = int(vae.config.latent_channels)
+    wanted = {channels, 2 * channels + 1} if generator.conditioning.uses_inpaint else {channels}
+    if unet.config.in_channels not in wanted:
         raise ValueError(
-            f"{base}: the UNet takes {unet.config.in_channels} channels, the VAE makes {vae.config.latent_channels}; "
-            "an inpainting base cannot be used with this conditioning"
+            f"{base}: the UNet takes {unet.config.in_channels} channels, the VAE makes {channels}; "
+            "an inpainting base goes with conditioning TextAndInpaint and with no other"
         )
+    if unet.config.num_class_embeds is not None and not generator.conditioning.uses_class:
+        raise ValueError(f"{base}: the UNet wants a class; it goes with conditioning ClassLabel")
 
 
 def _check_same_inputs(folder: Path, generator: LatentDiffusion) -> None:
     found, wanted = read_manifest(folder)["generator"], canonical(generator)
-    for name in ("conditioning", "resolution"):
+    for name in ("conditioning", "resolution", "placeholders"):
         if found.get(name) != wanted[name]:
             raise ValueError(
                 f"{folder}: cannot adapt from this checkpoint: {name} is {found.get(name)} there and {wanted[name]} here"
@@ -182,6 +187,10 @@ def _add_fresh_parts(
     seed: int,
 ) -> tuple[UNet2DConditionModel, ControlNetModel | None]:
     conditioning = generator.conditioning
+    if isinstance(conditioning, ClassLabel):
+        add_class_embedding(unet, conditioning.num_classes)
+    if isinstance(conditioning, TextAndInpaint):
+        widen_input(unet, 2 * int(vae.config.latent_channels) + 1)
     if isinstance(conditioning, TextAndMask) and controlnet is None:
         if not generator.trains_controlnet:
             raise ValueError(
@@ -196,6 +205,60 @@ def _add_fresh_parts(
     if generator.trainable.unet == "lora" and fresh:
         add_lora(unet, generator.trainable.lora_rank, seed)
     return unet, controlnet
+
+
+def add_class_embedding(unet: UNet2DConditionModel, num_classes: int) -> None:
+    """One zero embedding per class, and one for no class, added to the timestep's; nothing where it is there.
+
+    Raises:
+        ValueError: the UNet has another number of them.
+    """
+    wanted = num_classes + 1
+    if unet.config.num_class_embeds is None:
+        width = unet.time_embedding.linear_2.out_features
+        unet.class_embedding = nn.Embedding(wanted, width)
+        nn.init.zeros_(unet.class_embedding.weight)
+        unet.register_to_config(num_class_embeds=wanted)
+    elif unet.config.num_class_embeds != wanted:
+        raise ValueError(
+            f"conditioning.num_classes={num_classes}: the UNet has {unet.config.num_class_embeds} class embeddings, "
+            f"wants {wanted} (one stands for no class); set num_classes={unet.config.num_class_embeds - 1}"
+        )
+
+
+def widen_input(unet: UNet2DConditionModel, in_channels: int) -> None:
+    """Input channels added with zero weights: the same output whatever they hold. Nothing where they are there."""
+    old = unet.conv_in
+    if old.in_channels == in_channels:
+        return
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, padding=old.padding)  # type: ignore[arg-type]
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        assert new.bias is not None and old.bias is not None
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=in_channels)
+
+
+def add_placeholders(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, placeholders: tuple[tuple[str, str], ...]
+) -> None:
+    """Tokens whose embedding is the mean of their word's pieces (Shentu et al. 2025, §2.1).
+
+    Raises:
+        ValueError: a token is known already, or a word has no pieces.
+    """
+    for token, word in placeholders:
+        pieces = tokenizer(word, add_special_tokens=False).input_ids
+        if not pieces:
+            raise ValueError(f"placeholders: the word {word!r} of {token} has no tokens")
+        if not tokenizer.add_tokens(token, special_tokens=True):
+            raise ValueError(f"placeholders: the base's tokenizer knows {token!r} already; choose another token")
+        text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        table = text_encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            table[tokenizer.convert_tokens_to_ids(token)] = table[pieces].mean(dim=0)
 
 
 def _place(loaded: LoadedGenerator, device: str, dtype: str, *, trainable: bool) -> None:

@@ -42,14 +42,19 @@ class Recipe:
     generator: LatentDiffusion
     objectives: tuple[NoisePrediction, ...] = (NoisePrediction(),)
     training: TrainingSettings
-    masks: DeformedEllipse | RealMasks
+    masks: DeformedEllipse | RealMasks | None
     prompts: BiradsTemplate | LabelPrompt
+    backgrounds: None = None
     sampling: Sampling
-    annotator: RequestedMask = RequestedMask()
+    guidances: tuple[()] = ()
+    annotator: RequestedMask | None = RequestedMask()
     filters: tuple[DegenerateMask | BlankImage | SimilarityBand, ...]
 
     @property
     def fingerprint(self) -> str:
         """Hash of every part that changes a requested mask, a prompt, a pixel or a label mask."""
-        parts = (self.generator, self.masks, self.prompts, self.sampling, self.annotator)
+        parts = (self.generator, self.masks, self.prompts, self.backgrounds, self.sampling, self.guidances, self.annotator)
         return fingerprint(parts)
+
+    def check(self) -> None:
+        pass

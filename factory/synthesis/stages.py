@@ -3,9 +3,9 @@
 Each takes and returns Arrow tables and knows nothing of Ray, so the same code runs in a pool of actors, in a
 plain loop and under a profiler:
 
-    RequestStage    request indices → requests with mask and prompt       (CPU, numpy)
-    SynthesisStage  requests → raw pixels                                 (GPU)
-    FinishStage     raw pixels → embedded, filtered, encoded rows         (CPU or a share of a GPU)
+    RequestStage    request indices → requests with mask, background and prompt   (CPU)
+    SynthesisStage  requests → raw pixels                                         (GPU)
+    FinishStage     raw pixels → embedded, filtered, encoded rows                 (CPU or a share of a GPU)
 
 A request that fails keeps its place in the table with `error` and `error_reason` set, and passes the later
 stages untouched: nothing in the middle of a stream is dropped or stops the others.
@@ -29,7 +29,7 @@ from factory.imaging import decode_png, encode_png
 from factory.version import code_version
 from schemas.identity import random_generator
 from schemas.request import SynthesisPlan
-from schemas.sample import QuarantineReason, synthetic_schema
+from schemas.sample import QuarantineReason, RejectReason, synthetic_schema
 
 _ERRORS = [pa.field("error", pa.string()), pa.field("error_reason", pa.string())]
 
@@ -39,6 +39,10 @@ REQUEST_SCHEMA = pa.schema(
         pa.field("request_id", pa.string()),
         pa.field("requested_mask", pa.binary()),
         pa.field("prompt", pa.string()),
+        pa.field("background", pa.binary()),
+        pa.field("background_id", pa.string()),
+        pa.field("group_id", pa.string()),
+        pa.field("licence", pa.string()),
         pa.field("source_parameters", pa.string()),
         *_ERRORS,
     ]
@@ -46,10 +50,11 @@ REQUEST_SCHEMA = pa.schema(
 PIXEL_SCHEMA = pa.schema(
     [
         *REQUEST_SCHEMA,
-        pa.field("pixels", pa.large_binary(), metadata={"description": "uint8 (R, R) grey, raw bytes"}),
+        pa.field("pixels", pa.large_binary(), metadata={"description": "uint8 (R, R[, 3]), raw bytes"}),
         pa.field(
             "mask_pixels", pa.large_binary(), metadata={"description": "uint8 (R, R) label map, raw bytes"}
         ),
+        pa.field("annotation_failed", pa.bool_()),
         pa.field("channel_spread", pa.float32()),
         pa.field("batch_size", pa.int32()),
         pa.field(
@@ -76,19 +81,26 @@ class FittedMaskSource(Protocol):
     def draw(self, request: Any, rng: np.random.Generator) -> Any: ...
 
 
-class FittedPromptSource(Protocol):
-    """A prompt source fitted to the training rows."""
+class FittedBackgroundSource(Protocol):
+    """A source of backgrounds fitted to the training rows."""
 
     def draw(self, request: Any, rng: np.random.Generator, mask: np.ndarray) -> Any: ...
 
 
+class FittedPromptSource(Protocol):
+    """A prompt source fitted to the training rows."""
+
+    def draw(self, request: Any, rng: np.random.Generator, mask: np.ndarray | None) -> Any: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestStage:
-    """Fills in the mask and the prompt of each request, from generators seeded by its request_id."""
+    """Fills in mask, background and prompt of each request, from generators seeded by its request_id."""
 
     plan: SynthesisPlan
-    masks: FittedMaskSource
+    masks: FittedMaskSource | None
     prompts: FittedPromptSource
+    backgrounds: FittedBackgroundSource | None = None
 
     def __call__(self, indices: Iterable[int]) -> pa.Table:
         """Request indices → table of `REQUEST_SCHEMA`, in the order given."""
@@ -97,14 +109,30 @@ class RequestStage:
     def _row(self, index: int) -> dict[str, Any]:
         request = self.plan.request_at(index)
         row: dict[str, Any] = {"request_index": index, "request_id": request.request_id, "prompt": ""}
+
+        def rng(stream: str) -> np.random.Generator:
+            return random_generator(request.request_id, stream)
+
+        mask, parameters = None, {}
         try:
-            mask = self.masks.draw(request, random_generator(request.request_id, "mask"))
-            prompt = self.prompts.draw(request, random_generator(request.request_id, "prompt"), mask.mask)
+            if self.masks is not None:
+                drawn = self.masks.draw(request, rng("mask"))
+                mask, parameters["mask"] = drawn.mask, dict(drawn.parameters)
+                row["requested_mask"] = encode_png(mask)
+            if self.backgrounds is not None and mask is not None:
+                found = self.backgrounds.draw(request, rng("background"), mask)
+                parameters["background"] = dict(found.parameters)
+                row |= {
+                    "background": encode_png(found.image),
+                    "background_id": found.background_id,
+                    "group_id": found.group_id,
+                    "licence": found.licence,
+                }
+            prompt = self.prompts.draw(request, rng("prompt"), mask)
+            parameters["prompt"] = dict(prompt.parameters)
         except (ValueError, ArithmeticError) as error:
             return row | {"error": str(error), "error_reason": QuarantineReason.SOURCE_FAILED.value}
-        parameters = {"mask": dict(mask.parameters), "prompt": dict(prompt.parameters)}
         return row | {
-            "requested_mask": encode_png(mask.mask),
             "prompt": prompt.prompt,
             "source_parameters": json.dumps(parameters, sort_keys=True),
         }
@@ -128,7 +156,10 @@ class SynthesizerSettings:
     checkpoint: str | None
     adapters: tuple[str, ...] = ()
     sampling: Sampling
+    guidances: tuple[Any, ...] = ()
     annotator: Any
+    colour: bool = False
+    feather: float = 0.0
     batch_size: int
     device: str = "cpu"
     dtype: str = "float32"
@@ -150,8 +181,10 @@ class SynthesisStage:
             settings.generator,
             None if settings.checkpoint is None else Path(settings.checkpoint),
             settings.sampling,
-            (),
+            settings.guidances,
             settings.annotator,
+            colour=settings.colour,
+            feather=settings.feather,
             adapters=tuple(Path(adapter) for adapter in settings.adapters),
             batch_size=settings.batch_size,
             device=settings.device,
@@ -187,27 +220,33 @@ class SynthesisStage:
         prepared = [
             PreparedRequest(
                 request=self.plan.request_at(row["request_index"]),
-                requested_mask=decode_png(row["requested_mask"]),
+                requested_mask=_decoded(row["requested_mask"]),
                 prompt=row["prompt"],
+                background=_decoded(row["background"]),
             )
             for row in rows
         ]
         results: dict[str, dict[str, Any]] = {}
         started = time.time()
         for item in self.synthesizer.synthesize(prepared):
-            if item.image is None or item.mask is None:
+            if item.image is None:
                 reason = item.reason or QuarantineReason.GENERATION_FAILED
                 results[item.request_id] = {"error": item.error or "no image", "error_reason": reason.value}
                 continue
             results[item.request_id] = {
                 "pixels": item.image.tobytes(),
-                "mask_pixels": item.mask.tobytes(),
+                "mask_pixels": None if item.mask is None else item.mask.tobytes(),
+                "annotation_failed": item.annotation_failed,
                 "channel_spread": item.channel_spread,
                 "batch_size": len(rows),
                 "seconds": item.seconds,
                 "started": started,
             }
         return results
+
+
+def _decoded(png: bytes | None) -> np.ndarray | None:
+    return None if png is None else decode_png(png)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +258,7 @@ class FinishSettings:
     filters: tuple[Any, ...]
     sampling: Sampling
     resolution: int
+    colour: bool = False
     licence: str
     device: str = "cpu"
     num_threads: int | None = None
@@ -237,8 +277,12 @@ class FinishStage:
         rows = pixels.to_pylist()
         size = self.settings.resolution
         made = [row for row in rows if row["error"] is None]
-        images = [np.frombuffer(row["pixels"], np.uint8).reshape(size, size) for row in made]
-        masks = [np.frombuffer(row["mask_pixels"], np.uint8).reshape(size, size) for row in made]
+        shape = (size, size, 3) if self.settings.colour else (size, size)
+        images = [np.frombuffer(row["pixels"], np.uint8).reshape(shape) for row in made]
+        masks = [
+            None if row["mask_pixels"] is None else np.frombuffer(row["mask_pixels"], np.uint8).reshape(size, size)
+            for row in made
+        ]
         embeddings = (
             self.embedder.embed(images) if made else np.zeros((0, self.embedder.spec.dim), np.float32)
         )
@@ -258,6 +302,10 @@ class FinishStage:
                 "label_name": request.label,
                 "prompt": row["prompt"],
                 "requested_mask": row["requested_mask"],
+                "background_id": row["background_id"],
+                "derived": row["background_id"] is not None,
+                "group_id": row["group_id"],
+                "licence": row["licence"] or self.settings.licence,
                 "source_parameters": row["source_parameters"] or "{}",
                 "batch_size": row["batch_size"] or 0,
                 "error": row["error"],
@@ -269,7 +317,7 @@ class FinishStage:
                 image, mask, embedding, score, reason = next(finished)
                 out |= {
                     "image": encode_png(image),
-                    "mask": encode_png(mask),
+                    "mask": None if mask is None else encode_png(mask),
                     "embedding": embedding.tolist(),
                     "scores": list((score | {"channel_spread": row["channel_spread"]}).items()),
                     "stream_reject_reason": reason,
@@ -281,14 +329,14 @@ class FinishStage:
         self,
         rows: list[dict[str, Any]],
         images: list[np.ndarray],
-        masks: list[np.ndarray],
+        masks: list[np.ndarray | None],
         labels: np.ndarray,
         embeddings: np.ndarray,
     ) -> tuple[list[dict[str, float]], list[str | None]]:
-        """Scores of every filter, and the first filter's reason, for each image."""
+        """Scores of every filter, and the first reason, for each image: a failed annotation comes before them."""
         batch = FilterBatch(
             images=images,
-            requested_masks=[decode_png(row["requested_mask"]) for row in rows],
+            requested_masks=[_decoded(row["requested_mask"]) for row in rows],
             masks=masks,
             labels=labels,
             embeddings=embeddings,
@@ -298,6 +346,8 @@ class FinishStage:
             columns |= item.score(batch)
         scores = [{name: float(values[i]) for name, values in columns.items()} for i in range(len(rows))]
         reasons = first_reasons(self.settings.filters, columns)
+        failed = RejectReason.ANNOTATION_FAILED
+        reasons = [failed if row["annotation_failed"] else reason for row, reason in zip(rows, reasons)]
         return scores, [None if reason is None else reason.value for reason in reasons]
 
     def _constants(self) -> dict[str, Any]:
@@ -311,9 +361,7 @@ class FinishStage:
             "image": b"",
             "height": settings.resolution,
             "width": settings.resolution,
-            "derived": False,
             "split": "train",
-            "licence": settings.licence,
             "num_inference_steps": settings.sampling.num_inference_steps,
             "guidance_scale": settings.sampling.guidance_scale,
             "embedding": [0.0] * self.embedder.spec.dim,

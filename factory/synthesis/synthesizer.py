@@ -8,7 +8,7 @@ neighbours change nothing but the last bits of batched arithmetic.
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from factory.diffusion.conditions import Conditions
 from factory.diffusion.denoise import denoise, make_noise_scheduler
-from factory.diffusion.guidance import Guidance
+from factory.diffusion.guidance import DenoisingBatch, Guidance, GuidanceComponent
 from factory.diffusion.sampling import Sampling
 from factory.generators.latent_diffusion import LatentDiffusion
 from factory.generators.loaded import to_uint8
+from factory.imaging import as_rgb
 from schemas.identity import torch_seed
 from schemas.request import SynthesisRequest
 from schemas.sample import QuarantineReason
@@ -34,8 +36,24 @@ which is why a table records its batch size and `reproduce` uses it.
 PROMPT_CACHE_SIZE = 1024
 
 
+class BoundAnnotator(Protocol):
+    """An annotator at work on one batch.
+
+    Attributes:
+        hooks: take what the annotator wants to see from inside the denoising loop.
+    """
+
+    hooks: Sequence[Guidance]
+
+    def annotate(self, position: int, image: np.ndarray) -> np.ndarray | None:
+        """Label map uint8 (R, R) of image `position` of the batch, uint8 (R, R[, 3]); None where it cannot be told."""
+        ...
+
+
 class Annotator(Protocol):
-    def annotate(self, requested_mask: np.ndarray | None, image: np.ndarray) -> np.ndarray | None: ...
+    """What a recipe holds; see `factory.synthesis.annotators`."""
+
+    def bind(self, batch: DenoisingBatch) -> BoundAnnotator: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +61,16 @@ class PreparedRequest:
     """A request with its columns filled by the sources.
 
     Attributes:
-        requested_mask: uint8 label map (R, R), or None where the generator takes none.
+        requested_mask: uint8 label map (R, R), or None where the recipe has no source of masks.
         prompt: text condition.
+        background: uint8 (R, R[, 3]), the image into which the lesion is put, or None.
         parameters: what the sources drew, for provenance.
     """
 
     request: SynthesisRequest
     requested_mask: np.ndarray | None
     prompt: str
+    background: np.ndarray | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -59,8 +79,9 @@ class GeneratedImage:
     """What became of a request: an image with its label, or why there is none.
 
     Attributes:
-        image: uint8 (R, R), the mean of the VAE's three channels; None on error.
+        image: uint8 (R, R), the mean of the VAE's three channels, or (R, R, 3) in colour; None on error.
         mask: uint8 label map (R, R), or None.
+        annotation_failed: the recipe has an annotator, and it found no mask.
         channel_spread: mean over pixels of (largest − smallest channel), grey levels; near 0 for a generator of
             grey images.
         seconds: device time of its batch divided by the images in it.
@@ -70,6 +91,7 @@ class GeneratedImage:
     request_id: str
     image: np.ndarray | None
     mask: np.ndarray | None
+    annotation_failed: bool = False
     channel_spread: float
     seconds: float
     error: str | None = None
@@ -81,6 +103,7 @@ class _Batch:
     """A batch on its way: results may still be computing on the device."""
 
     requests: list[PreparedRequest]
+    annotator: BoundAnnotator | None
     images: Tensor
     spread: Tensor
     is_finite: Tensor
@@ -94,8 +117,10 @@ class Synthesizer:
     Args:
         generator: the component; `checkpoint` and `adapters` its trained weights.
         sampling: the denoising loop's settings.
-        guidances: hooks into the loop.
-        annotator: chooses the label mask.
+        guidances: steer the loop by more than the prompt.
+        annotator: says which mask labels an image; None where images have none.
+        colour: images keep three channels instead of becoming their mean.
+        feather: width of the seam where a background meets what was made in the mask, as a fraction of R.
         batch_size: images per batch; halved for good when the device runs out of memory.
         device, dtype, compile, num_threads: execution. With `compile` the last batch is padded to the full
             shape, since every new shape compiles again.
@@ -106,10 +131,12 @@ class Synthesizer:
         generator: LatentDiffusion,
         checkpoint: Path | None,
         sampling: Sampling,
-        guidances: Sequence[Guidance],
-        annotator: Annotator,
+        guidances: Sequence[GuidanceComponent],
+        annotator: Annotator | None,
         *,
         batch_size: int,
+        colour: bool = False,
+        feather: float = 0.0,
         device: str = "cpu",
         dtype: str = "float32",
         compile: bool = False,
@@ -122,12 +149,13 @@ class Synthesizer:
             torch.set_num_threads(num_threads)
         self.batch_size = batch_size
         self.sampling, self.guidances, self.annotator = sampling, tuple(guidances), annotator
+        self.colour, self.feather = colour, feather
         self._pads = compile
         self._loaded = generator.load(checkpoint, device=device, dtype=dtype, adapters=adapters)
         self._loaded.merge_adapters()
         self.resolution, self.latent_shape = self._loaded.resolution, self._loaded.latent_shape
         self._device = torch.device(device)
-        self._uses_mask = generator.conditioning.uses_mask
+        self._conditioning = generator.conditioning
         self._denoiser: Any = self._loaded.denoiser().to(memory_format=torch.channels_last)
         self._mask_encoder = self._loaded.denoiser().take_mask_encoder()
         self._loaded.vae.to(memory_format=torch.channels_last)
@@ -179,12 +207,17 @@ class Synthesizer:
     def _problem(self, prepared: PreparedRequest) -> str | None:
         """Why a request cannot be run, or None."""
         mask = prepared.requested_mask
-        if not self._uses_mask:
-            return None
         if mask is None:
-            return "no requested_mask, but the generator is conditioned on one (an empty label map means no lesion)"
+            if self._conditioning.uses_mask or self._conditioning.uses_inpaint:
+                return "no requested_mask, but the generator is conditioned on one (an empty label map: no lesion)"
+            return None
         if mask.dtype != np.uint8 or mask.shape != (self.resolution, self.resolution):
             return f"requested_mask: want uint8 {(self.resolution, self.resolution)}, got {mask.dtype} {mask.shape}"
+        background = prepared.background
+        if background is None and self._conditioning.uses_inpaint:
+            return "no background, but the generator paints a lesion into one"
+        if background is not None and background.shape[:2] != mask.shape:
+            return f"background: want uint8 {mask.shape}, got {background.shape}"
         try:
             self._loaded.check_mask_classes(int(mask.max()))
         except ValueError as error:
@@ -210,19 +243,23 @@ class Synthesizer:
             events[0].record()
         padded = requests + [requests[-1]] * (self.batch_size - len(requests) if self._pads else 0)
         ids = [p.request.request_id for p in padded]
+        batch, conditions = self._bind(padded)
+        annotator = None if self.annotator is None else self.annotator.bind(batch)
+        guidances = [component.bind(batch) for component in self.guidances]
         latents = self._run(
             noise=self._to_device(torch.stack([self.noise(name) for name in ids])),
-            prompt_embeds=torch.stack([self._encode(p.prompt) for p in padded]),
-            controlnet_cond=self._condition(padded),
+            conditions=conditions,
+            guidances=[*guidances, *(() if annotator is None else annotator.hooks)],
             rngs=[torch.Generator().manual_seed(torch_seed(name, "steps")) for name in ids],
         )[: len(requests)]
         pixels = self._loaded.decode_pixels(latents)
         is_finite = pixels.isfinite().flatten(1).all(dim=1)
         pixels = pixels.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
         spread = (pixels.amax(dim=1) - pixels.amin(dim=1)).mean(dim=(1, 2)) * 127.5
-        images = to_uint8(pixels.mean(dim=1))
-        batch = _Batch(
+        images = to_uint8(pixels.permute(0, 2, 3, 1) if self.colour else pixels.mean(dim=1))
+        running = _Batch(
             requests=requests,
+            annotator=annotator,
             images=self._to_host(images),
             spread=self._to_host(spread),
             is_finite=self._to_host(is_finite),
@@ -231,30 +268,66 @@ class Synthesizer:
         )
         if events is not None:
             events[1].record()
-        return batch
+        return running
+
+    def _bind(self, requests: list[PreparedRequest]) -> tuple[DenoisingBatch, Conditions]:
+        """What guidances and annotators look at, and what goes into the denoiser of this Synthesizer."""
+        found = [p.requested_mask for p in requests if p.requested_mask is not None]
+        masks = self._to_device(torch.from_numpy(np.stack(found))) if len(found) == len(requests) else None
+        images = [as_rgb(p.background) for p in requests if p.background is not None]
+        backgrounds = hidden = None
+        if len(images) == len(requests):
+            pixels = np.stack(images)
+            backgrounds = self._loaded.encode_images(pixels)[0].float()
+            if self._conditioning.uses_inpaint:
+                hidden = self._loaded.encode_images(pixels, masks)[0].float()
+        conditions = self._loaded.conditions(
+            torch.stack([self._encode(p.prompt) for p in requests]),
+            masks=masks,
+            labels=torch.tensor([p.request.label_index for p in requests]),
+            masked_latents=hidden,
+            check=False,
+        )
+        if self._mask_encoder is not None:  # once per image, not once per step
+            encoded = self._mask_encoder(conditions.controlnet_cond)
+            conditions = replace(conditions, controlnet_cond=encoded)
+        prompts = [p.prompt for p in requests]
+        batch = DenoisingBatch(
+            denoiser=self._loaded.denoiser(),
+            conditions=conditions,
+            prompts=prompts,
+            token_positions=lambda word: self._loaded.token_positions(prompts, word),
+            num_tokens=self._loaded.num_tokens(prompts),
+            masks=masks,
+            backgrounds=backgrounds,
+            resolution=self.resolution,
+        )
+        return batch, conditions
 
     def _run(
         self,
         *,
         noise: Tensor,
-        prompt_embeds: Tensor,
-        controlnet_cond: Tensor | None,
+        conditions: Conditions,
+        guidances: Sequence[Guidance],
         rngs: list[torch.Generator],
     ) -> Tensor:
         sampling = self.sampling
+        null = None
+        if sampling.guidance_scale != 1.0:
+            null = self._loaded.unconditional(conditions, self._encode("")[None])
         return denoise(
             self._denoiser,
             make_noise_scheduler(sampling, self._loaded.noise_scheduler.config),
             noise.contiguous(memory_format=torch.channels_last),
-            prompt_embeds,
-            self._encode("")[None] if sampling.guidance_scale != 1.0 else None,
-            controlnet_cond,
+            conditions,
+            null,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             guidance_start=sampling.guidance_start,
             guidance_stop=sampling.guidance_stop,
             eta=sampling.eta,
-            guidances=self.guidances,
+            guidances=guidances,
             rngs=rngs,
         )
 
@@ -273,26 +346,23 @@ class Synthesizer:
                 results.append(_failed(prepared, QuarantineReason.NOT_FINITE, message, each))
                 continue
             image = batch.images[position].numpy().copy()
+            background, mask = prepared.background, prepared.requested_mask
+            if background is not None and mask is not None:
+                from factory.synthesis.compositing import composite
+
+                image = composite(image, background, mask, self.feather * self.resolution)
+            label = None if batch.annotator is None else batch.annotator.annotate(position, image)
             results.append(
                 GeneratedImage(
                     request_id=prepared.request.request_id,
                     image=image,
-                    mask=self.annotator.annotate(prepared.requested_mask, image),
+                    mask=label,
+                    annotation_failed=batch.annotator is not None and label is None,
                     channel_spread=float(batch.spread[position]),
                     seconds=each,
                 )
             )
         return results
-
-    def _condition(self, requests: list[PreparedRequest]) -> Tensor | None:
-        """The mask encoder's output for the requests' masks, computed once per image and not once per step."""
-        if self._mask_encoder is None:
-            return None
-        masks = torch.from_numpy(
-            np.stack([p.requested_mask for p in requests if p.requested_mask is not None])
-        )
-        planes = self._loaded.condition(self._to_device(masks), check=False)
-        return self._mask_encoder(planes)
 
     def _encode(self, prompt: str) -> Tensor:
         """(L, D); each distinct prompt passes the text encoder once, alone, so its batch cannot matter."""

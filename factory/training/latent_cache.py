@@ -1,17 +1,18 @@
 """Latents and prompt embeddings, computed once and kept in tables beside the real one.
 
-    REAL.cache/latents-<VAE digest>-<resolution>.lance      image_id, flipped, mean, logvar
+    REAL.cache/latents-<VAE digest>-<resolution>.lance      key, flipped, mean, logvar
     REAL.cache/prompts-<text encoder digest>.lance          prompt, embedding
 
-The keys name what was computed, so a table never goes stale: rows are found by image_id (a hash of the pixels)
-or by the prompt's text, and what is missing is added.
+The keys name what was computed, so a table never goes stale: rows are found by image_id (a hash of the pixels;
+for the image without what lies under its mask, followed by a hash of that mask) or by the prompt's text, and
+what is missing is added.
 """
 
 import contextlib
 import fcntl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,24 +25,52 @@ from schemas.identity import hash_parts
 if TYPE_CHECKING:
     from factory.generators.latent_diffusion import LatentDiffusion
     from factory.generators.loaded import LoadedGenerator
+    from factory.training.task import TrainingTask
 
 NULL_PROMPT = ""
 _FIRST_FLUSH = 256
 
-Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""uint8 (B, R, R, 3) → mean and logvar, float16 (B, C, h, w)."""
+Encode = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
+"""Images uint8 (B, R, R, 3), label maps (B, R, R) to hide or None → mean and logvar, float16 (B, C, h, w)."""
+
+
+class Variant(NamedTuple):
+    """Which form of an image is encoded.
+
+    Attributes:
+        flipped: mirrored left to right.
+        hidden: without what lies under its mask, as inpainting takes it.
+    """
+
+    flipped: bool = False
+    hidden: bool = False
+
+
+def variants_of(task: "TrainingTask", flips: Sequence[bool]) -> tuple[Variant, ...]:
+    """What of each row is encoded for a task."""
+    hidden = (False, True) if task.generator.conditioning.uses_inpaint else (False,)
+    return tuple(Variant(flip, hide) for hide in hidden for flip in flips)
+
+
+def cache_key(row: TrainingRow, hidden: bool) -> str:
+    """Under which key the latents of a row lie: its image_id, and where the mask matters a hash of that."""
+    if not hidden:
+        return row.image_id
+    assert row.mask is not None
+    return f"{row.image_id}/{hash_parts(row.mask.tobytes().hex())[:16]}"
 
 
 def latents_uri(real: str, generator: "LatentDiffusion") -> str:
     """Where the latents of the rows of `real` lie for this generator's VAE and resolution."""
-    digest = digest_part(generator.base_folder(), "vae")
+    digest = digest_part(generator.vae_folder(), "vae")
     return f"{real.rstrip('/')}.cache/latents-{digest}-{generator.resolution}.lance"
 
 
 def prompts_uri(real: str, generator: "LatentDiffusion") -> str:
     """Where the embeddings of prompts lie for this generator's text encoder and tokenizer."""
     base = generator.base_folder()
-    digest = hash_parts(digest_part(base, "text_encoder"), digest_part(base, "tokenizer"))
+    added = [word for pair in generator.placeholders for word in pair]
+    digest = hash_parts(digest_part(base, "text_encoder"), digest_part(base, "tokenizer"), *added)
     return f"{real.rstrip('/')}.cache/prompts-{digest}.lance"
 
 
@@ -51,7 +80,7 @@ def latents_schema(latent_shape: tuple[int, int, int]) -> pa.Schema:
     shape = {"shape": ",".join(str(n) for n in latent_shape)}
     return pa.schema(
         [
-            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
             pa.field("flipped", pa.bool_(), nullable=False),
             pa.field("mean", values, nullable=False, metadata=shape),
             pa.field("logvar", values, nullable=False, metadata=shape),
@@ -61,44 +90,58 @@ def latents_schema(latent_shape: tuple[int, int, int]) -> pa.Schema:
 
 def encoder_of(generator: "LoadedGenerator") -> Encode:
     """The VAE of a loaded generator as a plain function."""
+    import torch
 
-    def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mean, logvar = generator.encode_images(images)
+    def encode(images: np.ndarray, hidden: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        mean, logvar = generator.encode_images(images, None if hidden is None else torch.from_numpy(hidden))
         return tuple(x.float().cpu().numpy().astype(np.float16) for x in (mean, logvar))  # type: ignore[return-value]
 
     return encode
 
 
-def encode_rows(rows: Sequence[TrainingRow], encode: Encode, *, flipped: bool) -> pa.Table:
+def encode_rows(rows: Sequence[TrainingRow], encode: Encode, variant: Variant) -> pa.Table:
     """Latents of decoded rows, as rows of the latent table.
 
     Raises:
         ValueError: a latent is not finite in float16; names the image.
     """
-    images = np.stack([as_rgb(row.image) for row in rows])
-    mean, logvar = encode(np.ascontiguousarray(images[:, :, ::-1]) if flipped else images)
+    side = -1 if variant.flipped else 1
+    images = np.stack([as_rgb(row.image)[:, ::side] for row in rows])
+    masks = None
+    if variant.hidden:
+        masks = np.stack([row.mask[:, ::side] for row in rows if row.mask is not None])
+    mean, logvar = encode(images, masks)
     finite = np.isfinite(mean).all((1, 2, 3)) & np.isfinite(logvar).all((1, 2, 3))
     if not finite.all():
         raise ValueError(f"latents of image {rows[int(np.argmin(finite))].image_id} are not finite")
     schema = latents_schema(mean.shape[1:])
-    columns = [pa.array([row.image_id for row in rows]), pa.array([flipped] * len(rows))]
+    keys = [cache_key(row, variant.hidden) for row in rows]
+    columns = [pa.array(keys), pa.array([variant.flipped] * len(rows))]
     for name, values in (("mean", mean), ("logvar", logvar)):
         flat = pa.array(values.reshape(-1))
         columns.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(name).type))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def missing_latents(uri: str, image_ids: Sequence[str], *, flips: Sequence[bool]) -> list[tuple[str, bool]]:
-    """(image_id, flipped) of `image_ids` × `flips` that the table lacks, in the order given."""
+def missing_latents(
+    uri: str, rows: Sequence[TrainingRow], variants: Sequence[Variant]
+) -> list[tuple[TrainingRow, Variant]]:
+    """Rows and variants that the table lacks, in the order given."""
     from factory.storage import open_table
 
-    wanted = [(image_id, flipped) for flipped in flips for image_id in image_ids]
     try:
-        table = open_table(uri).read(["image_id", "flipped"])
+        table = open_table(uri).read(["key", "flipped"])
     except FileNotFoundError:
-        return wanted
-    present = set(zip(table["image_id"].to_pylist(), table["flipped"].to_pylist()))
-    return [key for key in wanted if key not in present]
+        present = set()
+    else:
+        present = set(zip(table["key"].to_pylist(), table["flipped"].to_pylist()))
+    found: dict[tuple[str, bool], tuple[TrainingRow, Variant]] = {}
+    for variant in variants:
+        for row in rows:
+            key = (cache_key(row, variant.hidden), variant.flipped)
+            if key not in present:
+                found.setdefault(key, (row, variant))
+    return list(found.values())
 
 
 def fill_latents(
@@ -106,34 +149,32 @@ def fill_latents(
     rows: Sequence[TrainingRow],
     encode: Encode,
     *,
-    flips: Sequence[bool] = (False,),
+    variants: Sequence[Variant] = (Variant(),),
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Encode what the table at `uri` lacks and add it; returns how many latents were computed.
 
-    `progress` is called with (latents done, latents to compute). Work is kept as it goes: each write at least doubles the table or adds 256 rows, so a killed fill loses
-    at most half of its work and nothing is written more than about twice.
+    `progress` is called with (latents done, latents to compute). Work is kept as it goes: each write at least
+    doubles the table or adds 256 rows, so a killed fill loses at most half of its work and nothing is written
+    more than about twice.
     """
     with locked(uri):
-        by_id = {row.image_id: row for row in rows}
-        missing = missing_latents(uri, list(by_id), flips=flips)
-        return add_latents(uri, _encoded(missing, by_id, encode, batch_size, progress))
+        return add_latents(uri, _encoded(missing_latents(uri, rows, variants), encode, batch_size, progress))
 
 
 def _encoded(
-    missing: Sequence[tuple[str, bool]],
-    rows: Mapping[str, TrainingRow],
+    missing: Sequence[tuple[TrainingRow, Variant]],
     encode: Encode,
     batch_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[pa.Table]:
     done = 0
-    for flipped in (False, True):
-        ids = [image_id for image_id, is_flipped in missing if is_flipped == flipped]
-        for start in range(0, len(ids), batch_size):
-            batch = [rows[image_id] for image_id in ids[start : start + batch_size]]
-            yield encode_rows(batch, encode, flipped=flipped)
+    for variant in dict.fromkeys(v for _, v in missing):
+        rows = [row for row, v in missing if v == variant]
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            yield encode_rows(batch, encode, variant)
             done += len(batch)
             if progress is not None:
                 progress(done, len(missing))
@@ -174,27 +215,39 @@ def _append(uri: str, new: pa.Table) -> int:
     return before + len(new)
 
 
-def read_latents(uri: str, image_ids: Sequence[str], *, horizontal_flip: bool = False) -> Latents:
-    """Cached latents in the order of `image_ids`.
+def read_latents(uri: str, rows: Sequence[TrainingRow], variants: Sequence[Variant] = (Variant(),)) -> Latents:
+    """Cached latents in the order of `rows`.
 
     Raises:
         ValueError: the table lacks some of them.
     """
-    mean, logvar = _read_side(uri, image_ids, False)
-    flipped = _read_side(uri, image_ids, True) if horizontal_flip else (None, None)
-    return Latents(mean=mean, logvar=logvar, flipped_mean=flipped[0], flipped_logvar=flipped[1])
+    read = {
+        variant: _read_side(uri, [cache_key(row, variant.hidden) for row in rows], variant.flipped)
+        for variant in variants
+    }
+    nothing = (None, None)
+    mean, logvar = read[Variant()]
+    flipped_mean, flipped_logvar = read.get(Variant(flipped=True), nothing)
+    return Latents(
+        mean=mean,
+        logvar=logvar,
+        flipped_mean=flipped_mean,
+        flipped_logvar=flipped_logvar,
+        masked=read.get(Variant(hidden=True), nothing)[0],
+        flipped_masked=read.get(Variant(flipped=True, hidden=True), nothing)[0],
+    )
 
 
-def _read_side(uri: str, image_ids: Sequence[str], flipped: bool) -> tuple[np.ndarray, np.ndarray]:
+def _read_side(uri: str, keys: Sequence[str], flipped: bool) -> tuple[np.ndarray, np.ndarray]:
     from factory.storage import open_table
 
     table = open_table(uri)
     shape = tuple(int(n) for n in table.schema.field("mean").metadata[b"shape"].split(b","))
-    place = {image_id: number for number, image_id in enumerate(image_ids)}
-    out = [np.empty((len(image_ids), *shape), np.float16) for _ in range(2)]
-    found = np.zeros(len(image_ids), bool)
+    place = {key: number for number, key in enumerate(keys)}
+    out = [np.empty((len(keys), *shape), np.float16) for _ in range(2)]
+    found = np.zeros(len(keys), bool)
     for batch in table.batches(filter=f"flipped = {str(flipped).lower()}"):
-        chosen = [(i, place[x]) for i, x in enumerate(batch["image_id"].to_pylist()) if x in place]
+        chosen = [(i, place[x]) for i, x in enumerate(batch["key"].to_pylist()) if x in place]
         if not chosen:
             continue
         source, target = (np.array(numbers) for numbers in zip(*chosen))
@@ -202,7 +255,7 @@ def _read_side(uri: str, image_ids: Sequence[str], flipped: bool) -> tuple[np.nd
             values[target] = batch[name].flatten().to_numpy().reshape(-1, *shape)[source]
         found[target] = True
     if not found.all():
-        first = image_ids[int(np.argmin(found))]
+        first = keys[int(np.argmin(found))]
         raise ValueError(
             f"{uri}: lacks the latents of {int((~found).sum())} images, first {first}; run the same command "
             "again (another process may have replaced the table)"

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from factory.diffusion.conditions import Conditions
+from factory.training.bound_objective import ObservedDenoiser
 from factory.training.ema import MovingAverage
 from factory.training.examples import DiffusionBatch, Examples
 from factory.training.mixture import Shard
 from factory.training.objectives import (
     PREDICTION_TYPES,
-    NoisePrediction,
+    Objective,
     PredictionStep,
+    TrainingContext,
     add_noise,
     min_snr_weights,
 )
@@ -31,13 +34,15 @@ class DiffusionLearner:
     """Trains a denoiser's trainable parameters on cached latents.
 
     Args:
-        denoiser: `forward(latents, timesteps, prompt_embeds, controlnet_cond)`, on the world's device, fp32.
+        denoiser: `forward(latents, timesteps, **conditions.arguments())`, on the world's device, fp32.
         examples: training rows.
         prompt_embeds: the prompt table, float (P, L, D); row 0 is the null prompt.
-        condition: label maps uint8 (b, R, R) → (b, K, R, R) in [0, 1]; None where no mask goes in.
+        conditions: prompt embeddings (b, L, D), and by keyword `masks`, `labels` and `masked_latents` of a batch → what
+            goes into the denoiser, as `LoadedGenerator.conditions`.
         alphas_cumprod: ᾱ of the noise scheduler, float (T,).
         prediction_type: "epsilon" or "v_prediction".
-        objectives: summed with their weights.
+        objectives: summed with their weights; no two of one kind.
+        context: what they may know; None where none of them asks.
         settings: optimisation.
         world: the processes that train together.
         validation: fixed inputs of held-out rows, or None.
@@ -49,19 +54,20 @@ class DiffusionLearner:
         denoiser: nn.Module,
         examples: Examples,
         prompt_embeds: Tensor,
-        condition: Callable[[Tensor], Tensor | None] | None,
+        conditions: Callable[..., Conditions],
         alphas_cumprod: Tensor,
         prediction_type: str,
-        objectives: Sequence[NoisePrediction],
+        objectives: Sequence[Objective],
         settings: TrainingSettings,
         world: World,
+        context: TrainingContext | None = None,
         validation: DiffusionBatch | None = None,
     ) -> None:
         assert prediction_type in PREDICTION_TYPES, prediction_type
-        self.settings, self.world, self.objectives = settings, world, tuple(objectives)
+        self.settings, self.world = settings, world
         self.examples, self.validation = examples, validation
         self.prediction_type = prediction_type
-        self._condition = condition
+        self._conditions = conditions
         self._prompt_embeds = prompt_embeds.to(world.device)
         self._alphas_cumprod = alphas_cumprod.to(world.device, torch.float32)
         on_cuda = torch.device(world.device).type == "cuda"
@@ -71,9 +77,20 @@ class DiffusionLearner:
             denoiser.to(memory_format=torch.channels_last)
         self._autocast = uses_bf16(settings, world.device)
         self.denoiser = denoiser
+        self._weights = {type(o).__name__: o.weight for o in objectives}
+        if len(self._weights) < len(objectives):
+            raise ValueError(f"objectives: two of one kind among {[type(o).__name__ for o in objectives]}")
+        bound = {type(o).__name__: o.bind(context) for o in objectives}  # type: ignore[arg-type]
+        self._observed = ObservedDenoiser(denoiser, bound).to(world.device)
+        self._bound = bound
         self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("denoiser: no parameter requires a gradient, nothing would be trained")
+        self.parameters |= {
+            f"objectives.{name}": p
+            for name, p in self._observed.objectives.named_parameters()
+            if p.requires_grad
+        }
         self.ema = MovingAverage(self.parameters, settings.ema_decay)
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -82,8 +99,8 @@ class DiffusionLearner:
             weight_decay=settings.weight_decay,
             fused=on_cuda or None,
         )
-        self._ddp = world.prepare(denoiser)
-        self._model: Callable[..., Tensor] = torch.compile(self._ddp) if settings.compile else self._ddp
+        self._ddp = world.prepare(self._observed)
+        self._model: Callable[..., tuple[Tensor, dict[str, Any]]] = torch.compile(self._ddp) if settings.compile else self._ddp
 
     def draw(self, shard: Shard) -> DiffusionBatch:
         """Inputs on the CPU; a pure function, safe to call in a thread."""
@@ -91,7 +108,7 @@ class DiffusionLearner:
 
     def step(self, batch: DiffusionBatch) -> dict[str, Tensor]:
         """One optimizer update from this process's share of a global batch. Returns scalars on the device."""
-        self.denoiser.train()
+        self._observed.train()
         learning_rate = self.settings.learning_rate_at(batch.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -120,34 +137,36 @@ class DiffusionLearner:
             return self._ddp.no_sync()
         return contextlib.nullcontext()
 
-    def _losses(self, model: Callable[..., Tensor], batch: DiffusionBatch) -> dict[str, Tensor]:
+    def _losses(self, model: Callable[..., Any], batch: DiffusionBatch) -> dict[str, Tensor]:
         """Loss of each image, (b,): "loss" is the weighted sum; each objective also by name if there are several."""
-        step = self._denoise(model, batch)
-        terms = [objective.loss(step) for objective in self.objectives]
-        losses = {
-            "loss": sum((o.weight * t for o, t in zip(self.objectives, terms)), torch.zeros_like(terms[0]))
-        }
+        step, outputs = self._denoise(model, batch)
+        terms = {name: bound.loss(step, outputs[name]) for name, bound in self._bound.items()}
+        losses = {"loss": torch.stack([self._weights[name] * term for name, term in terms.items()]).sum(dim=0)}
         if len(terms) > 1:
-            losses |= {type(o).__name__: t for o, t in zip(self.objectives, terms)}
+            losses |= terms
+        for name, bound in self._bound.items():
+            losses |= bound.metrics(step, outputs[name])
         return losses
 
-    def _denoise(self, model: Callable[..., Tensor], batch: DiffusionBatch) -> PredictionStep:
-        controlnet_cond = None
-        if self._condition is not None and batch.masks is not None:
-            controlnet_cond = self._condition(batch.masks)
+    def _denoise(
+        self, model: Callable[..., Any], batch: DiffusionBatch
+    ) -> tuple[PredictionStep, dict[str, Any]]:
+        conditions = self._conditions(
+            self._prompt_embeds[batch.prompts],
+            masks=batch.masks,
+            labels=batch.labels,
+            masked_latents=batch.masked_latents,
+        )
         noisy = add_noise(batch.latents, batch.noise, self._alphas_cumprod[batch.timesteps])
         with torch.autocast(torch.device(self.world.device).type, torch.bfloat16, enabled=self._autocast):
-            model_pred = model(
-                noisy.contiguous(memory_format=self._memory_format),
-                batch.timesteps,
-                self._prompt_embeds[batch.prompts],
-                controlnet_cond,
+            model_pred, outputs = model(
+                noisy.contiguous(memory_format=self._memory_format), batch.timesteps, conditions.arguments()
             )
         gamma = self.settings.min_snr_gamma
         weights = torch.ones(len(batch.timesteps), device=model_pred.device)
         if gamma is not None:
             weights = min_snr_weights(self._alphas_cumprod, batch.timesteps, gamma, self.prediction_type)
-        return PredictionStep(
+        step = PredictionStep(
             latents=batch.latents,
             noise=batch.noise,
             timesteps=batch.timesteps,
@@ -156,22 +175,35 @@ class DiffusionLearner:
             model_pred=model_pred.float(),
             timestep_weights=weights,
             masks=batch.masks,
+            labels=batch.labels,
+            prompts=batch.prompts,
+            extras=batch.extras,
         )
+        return step, outputs
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Unweighted noise-prediction error of the averaged weights on the fixed held-out inputs; rank 0 only."""
+        """On the fixed held-out inputs with the averaged weights; rank 0 only.
+
+        "val_loss" is the unweighted noise-prediction error; each objective by name where there are others.
+        """
         if self.validation is None:
             return {}
-        self.denoiser.eval()
+        self._observed.eval()
         size = max(1, self.settings.batch_size // self.settings.gradient_accumulation_steps)
-        losses = []
+        found: dict[str, list[Tensor]] = {}
         with self.averaged():
             for start in range(0, len(self.validation.latents), size):
                 part = self.validation.slice(start, start + size).to(self.world.device)
-                step = self._denoise(self.denoiser, part)
-                losses.append((step.model_pred - step.target()).square().mean(dim=(1, 2, 3)))
-        return {"val_loss": torch.cat(losses).mean().item()}
+                step, outputs = self._denoise(self._observed, part)
+                values = {"val_loss": (step.model_pred - step.target()).square().mean(dim=(1, 2, 3))}
+                if set(self._bound) != {"NoisePrediction"}:
+                    for name, bound in self._bound.items():
+                        values[f"val_{name}"] = bound.loss(step, outputs[name])
+                        values |= {f"val_{k}": v for k, v in bound.metrics(step, outputs[name]).items()}
+                for name, value in values.items():
+                    found.setdefault(name, []).append(value)
+        return {name: torch.cat(parts).mean().item() for name, parts in found.items()}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

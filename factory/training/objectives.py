@@ -1,14 +1,19 @@
 """What training minimises: objectives give a loss per image of one denoising step.
 
-An objective is a component of a recipe: a frozen dataclass, numpy at most on import, with a `weight` and
-`loss(step) -> (B,)`. The learner sums the weighted losses per image and averages over the global batch.
+An objective is a component of a recipe: a frozen dataclass, numpy at most on import, with a `weight`, what it
+`needs` of a training row beside the image, and `bind(context)`, which gives the torch module that computes its
+loss, with whatever weights of its own that has. The learner sums the weighted losses per image and averages over
+the global batch.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from factory.training.bound_objective import BoundObjective
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -27,6 +32,9 @@ class PredictionStep:
         model_pred: the denoiser's output, float (B, C, h, w).
         timestep_weights: weight of each image's timestep, float (B,); ones unless min-SNR is on.
         masks: label maps at image resolution, uint8 (B, R, R), or None.
+        labels: class numbers, int64 (B,), −1 where the class was dropped; or None.
+        prompts: rows of the prompt table, int64 (B,), 0 where the prompt was dropped; or None.
+        extras: further columns that an objective needs, by name; "sketches" is uint8 (B, R, R).
     """
 
     latents: "Tensor"
@@ -37,6 +45,9 @@ class PredictionStep:
     model_pred: "Tensor"
     timestep_weights: "Tensor"
     masks: "Tensor | None" = None
+    labels: "Tensor | None" = None
+    prompts: "Tensor | None" = None
+    extras: "Mapping[str, Tensor]" = field(default_factory=dict)
 
     @property
     def alpha_bar(self) -> "Tensor":
@@ -69,6 +80,37 @@ class PredictionStep:
         return self.alpha_bar.sqrt() * self.noisy_latents - (1 - self.alpha_bar).sqrt() * self.model_pred
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingContext:
+    """What an objective may know before training begins.
+
+    Attributes:
+        generator: the `LoadedGenerator` that is trained.
+        prompts: the prompt table; row 0 is the null prompt.
+        resolution: side of the images, px.
+        seed: of weights that the objective starts at random.
+    """
+
+    generator: Any
+    prompts: Sequence[str]
+    resolution: int
+    seed: int
+
+
+class Objective(Protocol):
+    """What a recipe holds."""
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns of a training row beside its image: "masks", "sketches"."""
+        ...
+
+    def bind(self, context: TrainingContext) -> "BoundObjective": ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoisePrediction:
     """Mean squared error of the prediction, in the noise scheduler's own prediction type.
@@ -84,6 +126,15 @@ class NoisePrediction:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ValueError(f"objectives.NoisePrediction.weight: want a positive number, got {self.weight}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def bind(self, context: TrainingContext) -> "BoundObjective":
+        from factory.training.bound_objective import StepObjective
+
+        return StepObjective(self.loss)
 
     def loss(self, step: PredictionStep) -> "Tensor":
         """Timestep-weighted MSE of each image, float (B,); computed in fp32."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from factory.diffusion.conditions import Conditions
 from factory.diffusion.denoise import denoise, make_noise_scheduler
 from factory.diffusion.sampling import Sampling
 from factory.generators.loaded import LoadedGenerator
@@ -18,25 +19,14 @@ _GAP = 2
 _LESION_COLOURS = np.array([(0, 200, 120), (230, 160, 0), (60, 120, 255), (220, 60, 160)], np.uint8)
 
 
-def choose_rows(rows: Sequence[TrainingRow], count: int) -> list[TrainingRow]:
-    """At most `count` rows, the classes in turn, in the order of image_id: the same whatever the table's order."""
-    by_label: dict[int, list[TrainingRow]] = {}
-    for row in sorted(rows, key=lambda row: row.image_id):
-        by_label.setdefault(row.label, []).append(row)
-    chosen: list[TrainingRow] = []
-    for place in range(max(map(len, by_label.values()), default=0)):
-        chosen += [by_label[label][place] for label in sorted(by_label) if place < len(by_label[label])]
-    return chosen[:count]
-
-
 class PreviewGrid:
     """Draws one column per held-out row: the real image, its mask, and what the generator makes of the mask.
 
     Args:
         generator: the model being trained; its present weights are used at each call.
         rows: held-out rows.
-        prompt_embeds: their prompts, float (n, L, D).
-        null_embeds: the null prompt, float (1, L, D).
+        conditions: of these rows.
+        null_prompt: float (1, L, D).
         sampling: how images are drawn.
     """
 
@@ -44,13 +34,13 @@ class PreviewGrid:
         self,
         generator: LoadedGenerator,
         rows: Sequence[TrainingRow],
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
+        conditions: Conditions,
+        null_prompt: torch.Tensor,
         sampling: Sampling,
     ) -> None:
         self._generator, self._rows, self._sampling = generator, list(rows), sampling
-        self._prompt_embeds = prompt_embeds.to(generator.device, generator.dtype)
-        self._null_embeds = null_embeds.to(generator.device, generator.dtype)
+        self._conditions = conditions
+        self._null_conditions = generator.unconditional(conditions, null_prompt)
 
     def __call__(self, path: Path) -> None:
         """Write the grid as PNG."""
@@ -69,16 +59,12 @@ class PreviewGrid:
         noise_scheduler: Any = generator.noise_scheduler
         rngs = [torch.Generator().manual_seed(torch_seed(row.image_id, "preview")) for row in self._rows]
         latents = torch.stack([torch.randn(generator.latent_shape, generator=rng) for rng in rngs])
-        masks = [
-            np.zeros((generator.resolution,) * 2, np.uint8) if r.mask is None else r.mask for r in self._rows
-        ]
         denoised = denoise(
             generator.denoiser(),
             make_noise_scheduler(sampling, noise_scheduler.config),
             latents.to(generator.device),
-            self._prompt_embeds,
-            self._null_embeds,
-            generator.condition(np.stack(masks)),
+            self._conditions,
+            self._null_conditions,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             guidance_start=sampling.guidance_start,

@@ -27,6 +27,7 @@ class TrainingSettings:
         prompt_dropout: share of images trained with the null prompt, for classifier-free guidance.
         min_snr_gamma: weights each image by its timestep as Hang et al. 2023; None weights all alike.
         horizontal_flip: mirrors half of the images, with their masks.
+        max_rows: trains on this many rows, the classes in turn; None on all.
         seed: every draw of the run comes from it.
         gradient_accumulation_steps: micro-batches per worker and update.
         mixed_precision: "auto" is bf16 on a CUDA device that supports it, else "no" (fp32).
@@ -49,6 +50,7 @@ class TrainingSettings:
     prompt_dropout: float = 0.1
     min_snr_gamma: float | None = None
     horizontal_flip: bool = False
+    max_rows: int | None = None
     seed: int = 0
     gradient_accumulation_steps: int = execution_field(1)
     mixed_precision: Literal["auto", "no", "bf16"] = execution_field("auto")
@@ -76,6 +78,8 @@ class TrainingSettings:
         for name in ("ema_decay", "prompt_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"training.{name}: want 0 <= {name} < 1, got {getattr(self, name)}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"training.max_rows: want 1 or more, or None, got {self.max_rows}")
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ValueError(
                 f"training.min_snr_gamma: want a positive number or None, got {self.min_snr_gamma}"

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from factory.diffusion.sampling import Sampling
-from factory.generators.checkpoints import MANIFEST, digest_base, digest_parts, read_manifest
+from factory.generators.checkpoints import MANIFEST, digest_parts, read_manifest
+from factory.generators.conditioning import ClassLabel
 from factory.generators.latent_diffusion import LatentDiffusion
 from factory.imaging import TrainingRow, decode_rows
-from factory.training.objectives import PREDICTION_TYPES, NoisePrediction
+from factory.training.objectives import PREDICTION_TYPES, Objective
 from factory.training.run_identity import read_identity
 from factory.training.settings import TrainingSettings
 from schemas.identity import canonical
@@ -50,7 +51,7 @@ class TrainingTask:
 
     recipe: str
     generator: LatentDiffusion
-    objectives: tuple[NoisePrediction, ...]
+    objectives: tuple[Objective, ...]
     settings: TrainingSettings
     prompts: PromptSource
     sampling: Sampling
@@ -59,9 +60,12 @@ class TrainingTask:
     out: Path
     adapt_from: Path | None = None
 
-    def flips(self) -> tuple[bool, ...]:
-        """Which orientations of an image are encoded."""
-        return (False, True) if self.settings.horizontal_flip else (False,)
+    @property
+    def needs(self) -> frozenset[str]:
+        """Columns of a training row beside its image that the conditioning or an objective uses."""
+        conditioning = self.generator.conditioning
+        masks = ("masks",) if conditioning.uses_mask or conditioning.uses_inpaint else ()
+        return frozenset(masks).union(*(objective.needs for objective in self.objectives))
 
 
 def adapted(generator: LatentDiffusion, lora_rank: int) -> LatentDiffusion:
@@ -89,7 +93,7 @@ def identity_of(task: TrainingTask) -> dict[str, Any]:
         "objectives": canonical(task.objectives),
         "training": settings,
         "prompts": canonical(task.prompts),
-        "base": digest_base(task.generator.base_folder()),
+        **task.generator.ground(),
         "adapt_from": digest_parts(task.adapt_from) if task.adapt_from else None,
         "real": real_digest(table),
     }
@@ -164,15 +168,21 @@ def _check_rows(task: TrainingTask) -> None:
             f"--real {task.real}: no training row of class {', '.join(empty)}; prepare the table with more images "
             "of it, or without the class"
         )
-    if task.generator.conditioning.uses_mask:
+    if "masks" in task.needs:
         lacking = table.read(["image_id"], filter="split IN ('train', 'val') AND mask IS NULL", limit=1)
         if len(lacking):
             count = table.count("split IN ('train', 'val') AND mask IS NULL")
             raise ValueError(
                 f"--real {task.real}: {count} training or validation rows have no mask (first: image_id "
-                f"{lacking['image_id'][0].as_py()}), but the generator is conditioned on masks; use a dataset with "
-                "masks (empty masks for images without a lesion), or a recipe with text conditioning alone"
+                f"{lacking['image_id'][0].as_py()}), but recipe {task.recipe} trains with masks; use a dataset with "
+                "masks (empty masks for images without a lesion), or a recipe without (`factory recipes`)"
             )
+    conditioning = task.generator.conditioning
+    if isinstance(conditioning, ClassLabel) and len(names) > conditioning.num_classes:
+        raise ValueError(
+            f"--real {task.real}: {len(names)} classes, but the generator has {conditioning.num_classes}; "
+            f"give --generator.conditioning.num-classes {len(names)}"
+        )
 
 
 def load_rows(task: TrainingTask, split: str) -> list[TrainingRow]:
@@ -181,3 +191,37 @@ def load_rows(task: TrainingTask, split: str) -> list[TrainingRow]:
 
     table = real_rows(task.real, splits=(split,), columns=ROW_COLUMNS, version=task.real_version)
     return decode_rows(table.sort_by("image_id"), task.generator.resolution)
+
+
+def usable_rows(task: TrainingTask, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """The rows that have what the objectives look at."""
+    if "lesions" not in task.needs:
+        return list(rows)
+    return [row for row in rows if row.mask is not None and row.mask.any()]
+
+
+def training_rows(task: TrainingTask, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """Of the rows of the split train those that are trained on: usable ones, at most `max_rows`, by image_id.
+
+    Raises:
+        ValueError: none is left.
+    """
+    usable = usable_rows(task, rows)
+    if not usable:
+        raise ValueError(
+            f"--real {task.real}: no training row has a lesion in its mask, and recipe {task.recipe} trains on lesions"
+        )
+    if task.settings.max_rows is None:
+        return usable
+    return sorted(choose_rows(usable, task.settings.max_rows), key=lambda row: row.image_id)
+
+
+def choose_rows(rows: Sequence[TrainingRow], count: int) -> list[TrainingRow]:
+    """At most `count` rows, the classes in turn, in the order of image_id: the same whatever the table's order."""
+    by_label: dict[int, list[TrainingRow]] = {}
+    for row in sorted(rows, key=lambda row: row.image_id):
+        by_label.setdefault(row.label, []).append(row)
+    chosen: list[TrainingRow] = []
+    for place in range(max(map(len, by_label.values()), default=0)):
+        chosen += [by_label[label][place] for label in sorted(by_label) if place < len(by_label[label])]
+    return chosen[:count]

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from factory.diffusion.conditions import Conditions
 from factory.diffusion.denoise import denoise, make_noise_scheduler
 from factory.diffusion.sampling import Sampling
 
@@ -35,10 +36,10 @@ class GaussianDenoiser(nn.Module):
         self.calls: list[int] = []
         self.alphas = DDPMScheduler(**dict(training_config())).alphas_cumprod
 
-    def forward(self, latents: Tensor, timesteps: Tensor, embeds: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
         self.calls.append(len(latents))
         alpha = self.alphas[timesteps.long()].view(-1, 1, 1, 1)
-        mean = embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+        mean = prompt_embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1)
         variance = alpha * self.std**2 + 1 - alpha
         noise = (1 - alpha).sqrt() * (latents - alpha.sqrt() * mean) / variance
         if self.prediction_type == "epsilon":
@@ -63,9 +64,8 @@ def run(
         denoiser,
         make_noise_scheduler(sampling, training_config(prediction_type)),
         noise,
-        torch.full((batch, 2, 3), 0.5),
-        torch.full((1, 2, 3), -0.25),
-        None,
+        Conditions(prompt_embeds=torch.full((batch, 2, 3), 0.5)),
+        Conditions(prompt_embeds=torch.full((batch, 2, 3), -0.25)),
         num_inference_steps=steps,
         guidance_scale=scale,
         **kwargs,
@@ -102,9 +102,9 @@ def test_scale_one_is_the_conditional_model_in_single_batches() -> None:
     latents = run(denoiser, steps=10)
     assert denoiser.calls == [4] * 10
     assert latents.mean().item() == pytest.approx(0.5, abs=0.1)
-    with pytest.raises(ValueError, match="null_embeds"):
+    with pytest.raises(ValueError, match="null_conditions"):
         denoise(denoiser, make_noise_scheduler(Sampling(), training_config()), torch.zeros(1, 4, 8, 8),
-                torch.zeros(1, 2, 3), None, None, num_inference_steps=2, guidance_scale=2.0)  # fmt: skip
+                Conditions(prompt_embeds=torch.zeros(1, 2, 3)), None, num_inference_steps=2, guidance_scale=2.0)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""MaskedBlend: what lies outside the mask is kept exactly, what lies inside is a sample."""
+"""BoundMaskedBlend: what lies outside the mask is kept exactly, what lies inside is a sample."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from test_denoise import NAMES, GaussianDenoiser, run
 
-from factory.diffusion.guidance import MaskedBlend, draw_noise
+from factory.diffusion.guidance import BoundMaskedBlend, draw_noise
 
 
 def rngs(batch: int, first: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(batch)]
 
 
-def blend(mask: torch.Tensor, batch: int = 4, **kwargs: Any) -> MaskedBlend:
+def blend(mask: torch.Tensor, batch: int = 4, **kwargs: Any) -> BoundMaskedBlend:
     background = torch.randn((batch, 4, 16, 16), generator=torch.Generator().manual_seed(7))
-    return MaskedBlend(background=background, mask=mask[:batch], **kwargs)
+    return BoundMaskedBlend(background=background, mask=mask[:batch], **kwargs)
 
 
 def half() -> torch.Tensor:
@@ -42,8 +42,8 @@ def test_empty_and_full_mask(name: str) -> None:
     assert torch.equal(latents, run(GaussianDenoiser("epsilon", 1.0), name))
 
 
-class VarianceRecorder(MaskedBlend):
-    """MaskedBlend that notes how much the latents outside the mask vary after each step."""
+class VarianceRecorder(BoundMaskedBlend):
+    """BoundMaskedBlend that notes how much the latents outside the mask vary after each step."""
 
     def after_step(self, latents: torch.Tensor, step: Any) -> torch.Tensor:
         latents = super().after_step(latents, step)
@@ -68,7 +68,7 @@ def test_stop_leaves_the_last_steps_free() -> None:
 def test_result_does_not_depend_on_the_batch() -> None:
     together = run(GaussianDenoiser("epsilon", 0.7), guidances=[blend(half())], rngs=rngs(4))
     one = blend(half())
-    alone = MaskedBlend(background=one.background[:1], mask=one.mask[:1])
+    alone = BoundMaskedBlend(background=one.background[:1], mask=one.mask[:1])
     single = run(GaussianDenoiser("epsilon", 0.7), batch=1, guidances=[alone], rngs=rngs(1))
     torch.testing.assert_close(single[0], together[0], rtol=1e-5, atol=1e-5)
 
@@ -80,6 +80,6 @@ def test_noise_belongs_to_its_generator() -> None:
 
 def test_shapes_and_generators_are_checked() -> None:
     with pytest.raises(ValueError, match="mask"):
-        MaskedBlend(background=torch.zeros(2, 4, 8, 8), mask=torch.zeros(2, 1, 16, 16))
+        BoundMaskedBlend(background=torch.zeros(2, 4, 8, 8), mask=torch.zeros(2, 1, 16, 16))
     with pytest.raises(ValueError, match="rngs"):
         run(GaussianDenoiser("epsilon", 1.0), guidances=[blend(half())])

@@ -32,13 +32,13 @@ def sample(loaded: LoadedGenerator, prompt: str, count: int) -> np.ndarray:
     """(count, 128, 128) float grey levels."""
     sampling = Sampling(num_inference_steps=12, guidance_scale=2.0)
     noise = torch.randn((count, *loaded.latent_shape), generator=torch.Generator().manual_seed(0))
+    conditions = loaded.conditions(loaded.encode_prompts([prompt]).expand(count, -1, -1))
     latents = denoise(
         loaded.denoiser(),
         make_noise_scheduler(sampling, loaded.noise_scheduler.config),
         noise,
-        loaded.encode_prompts([prompt]).expand(count, -1, -1),
-        loaded.null_prompt(),
-        None,
+        conditions,
+        loaded.unconditional(conditions, loaded.null_prompt()),
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
     )

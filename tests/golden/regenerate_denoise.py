@@ -22,6 +22,7 @@ def loop_sums() -> dict[str, dict[str, float]]:
     from factory.assets.base_models import build_models, save_tokenizer
     from factory.diffusion.denoise import denoise, make_noise_scheduler
     from factory.diffusion.sampling import Sampling
+    from factory.diffusion.conditions import Conditions
     from factory.generators.loaded import Denoiser
 
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
@@ -33,11 +34,13 @@ def loop_sums() -> dict[str, dict[str, float]]:
     noise = torch.randn((2, 4, 8, 8), generator=rng)
     embeds = torch.randn((2, 32, 16), generator=rng)
     null = torch.randn((1, 32, 16), generator=rng)
+    conditions = Conditions(prompt_embeds=embeds)
+    unconditional = Conditions(prompt_embeds=null.expand_as(embeds))
     sums = {}
     for name in ("ddim", "dpmpp_2m", "unipc", "euler"):
         sampling = Sampling(noise_scheduler=name, num_inference_steps=6)
         latents = denoise(
-            denoiser, make_noise_scheduler(sampling, config), noise, embeds, null, None,
+            denoiser, make_noise_scheduler(sampling, config), noise, conditions, unconditional,
             num_inference_steps=6, guidance_scale=2.5, guidance_start=0.2, guidance_stop=0.8,
         )  # fmt: skip
         sums[name] = {

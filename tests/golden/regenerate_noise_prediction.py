@@ -15,6 +15,7 @@ def five_losses() -> dict[str, list[float]]:
     from diffusers import UNet2DConditionModel
 
     from factory.assets.base_models import TINY_UNET
+    from factory.diffusion.conditions import Conditions
     from factory.generators.loaded import Denoiser, controlnet_from_unet
     from factory.training.examples import Examples, Latents
     from factory.training.learners import DiffusionLearner
@@ -22,6 +23,9 @@ def five_losses() -> dict[str, list[float]]:
     from factory.training.objectives import NoisePrediction
     from factory.training.settings import TrainingSettings
     from factory.training.world import World
+
+    def conditions(embeds: torch.Tensor, *, masks: torch.Tensor, **_: object) -> Conditions:
+        return Conditions(prompt_embeds=embeds, controlnet_cond=masks[:, None].float())
 
     out = {}
     for prediction_type in ("epsilon", "v_prediction"):
@@ -49,7 +53,7 @@ def five_losses() -> dict[str, list[float]]:
                 prompt_dropout=settings.prompt_dropout,
             ),
             prompt_embeds=torch.from_numpy(rng.normal(size=(3, 7, 64)).astype(np.float32)),
-            condition=lambda masks: masks[:, None].float(),
+            conditions=conditions,
             alphas_cumprod=torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0),
             prediction_type=prediction_type,
             objectives=(NoisePrediction(),),

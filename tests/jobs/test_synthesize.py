@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from factory.imaging import decode_png
+from factory.diffusion.guidance import DenoisingBatch
 from factory.recipes import RECIPES, Recipe
 from factory.storage import QuarantineLog, class_names, open_table
-from factory.synthesis.annotators import RequestedMask
+from factory.synthesis.annotators import BoundRequestedMask, RequestedMask
 from factory.synthesis.synthesizer import IMAGE_TOLERANCE
 from jobs import reproduce
 from jobs.synthesis_plan import Args, prepare, resolve_counts
@@ -126,11 +127,11 @@ class DiesOnLargeMasks(RequestedMask):
 
     area: int
 
-    def annotate(self, requested_mask: np.ndarray | None, image: np.ndarray) -> np.ndarray | None:
-        assert requested_mask is not None
-        if np.count_nonzero(requested_mask) > self.area:
+    def bind(self, batch: DenoisingBatch) -> BoundRequestedMask:
+        assert batch.masks is not None
+        if batch.masks.flatten(1).count_nonzero(dim=1).max() > self.area:
             os._exit(1)
-        return super().annotate(requested_mask, image)
+        return super().bind(batch)
 
 
 def poisoned() -> Recipe:

@@ -24,7 +24,6 @@ PLAN = SynthesisPlan(
         {"fingerprint": "g"},
         {"weights": {"base": "1", "unet": "3"}},
         {"real_digest": "s"},
-        {"captions_digest": "c"},
         {"seed": 1},
         {"labels": ("malignant", "benign")},
     ],

@@ -44,7 +44,8 @@ def make(
 ) -> Synthesizer:
     sampling = kwargs.pop("sampling", Sampling(num_inference_steps=4, guidance_scale=2.0))
     kwargs.setdefault("batch_size", 4)
-    return kind(generator, checkpoint, sampling, (), RequestedMask(), **kwargs)
+    annotator = kwargs.pop("annotator", RequestedMask())
+    return kind(generator, checkpoint, sampling, kwargs.pop("guidances", ()), annotator, **kwargs)
 
 
 def prepared(count: int) -> list[PreparedRequest]:
@@ -173,13 +174,14 @@ def test_image_is_the_channel_mean_and_the_spread_is_reported(
     result = synthesizer.synthesize([one])[0]
     loaded = generator.load(checkpoint)
     assert one.requested_mask is not None and result.image is not None
+    masks = torch.from_numpy(one.requested_mask[None])
+    conditions = loaded.conditions(loaded.encode_prompts([one.prompt]), masks=masks)
     latents = denoise(
         loaded.denoiser(),
         make_noise_scheduler(sampling, loaded.noise_scheduler.config),
         synthesizer.noise(one.request.request_id)[None],
-        loaded.encode_prompts([one.prompt]),
-        loaded.null_prompt(),
-        loaded.condition(one.requested_mask[None]),
+        conditions,
+        loaded.unconditional(conditions, loaded.null_prompt()),
         num_inference_steps=4,
         guidance_scale=2.0,
     )
@@ -286,7 +288,7 @@ def test_other_faults_are_not_swallowed(generator: LatentDiffusion, checkpoint: 
 def test_text_only_generator_needs_no_mask(base: Path) -> None:
     generator = LatentDiffusion(base=str(base), conditioning=TextOnly(), resolution=RESOLUTION)
     bare = [PreparedRequest(request=p.request, requested_mask=None, prompt=p.prompt) for p in prepared(3)]
-    results = make(Synthesizer, generator, None, batch_size=2).synthesize(bare)
+    results = make(Synthesizer, generator, None, batch_size=2, annotator=None).synthesize(bare)
     assert len(images(results)) == 3 and all(r.mask is None for r in results)
 
 
@@ -319,6 +321,8 @@ def test_compiled_models_pad_the_last_batch(base: Path) -> None:
     generator = LatentDiffusion(base=str(base), conditioning=TextOnly(), resolution=RESOLUTION)
     bare = [PreparedRequest(request=p.request, requested_mask=None, prompt=p.prompt) for p in prepared(5)]
     sampling = Sampling(num_inference_steps=2, guidance_scale=1.0)
-    plain = images(make(Synthesizer, generator, None, sampling=sampling).synthesize(bare))
-    compiled = make(Synthesizer, generator, None, sampling=sampling, compile=True).synthesize(bare)
+    plain = images(make(Synthesizer, generator, None, sampling=sampling, annotator=None).synthesize(bare))
+    compiled = make(
+        Synthesizer, generator, None, sampling=sampling, compile=True, annotator=None
+    ).synthesize(bare)
     assert largest_difference(plain, images(compiled)) <= IMAGE_TOLERANCE

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from factory.diffusion.conditions import Conditions
 from factory.training.examples import Examples, Latents
 from factory.training.learners import DiffusionLearner
 from factory.training.loop import TrainingResult, train
@@ -33,7 +34,7 @@ class ConvDenoiser(nn.Module):
         self.frozen.requires_grad_(False)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, controlnet_cond: Tensor | None
+        self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, controlnet_cond: Tensor | None = None
     ) -> Tensor:
         time = (timesteps.float() / NUM_TIMESTEPS)[:, None, None, None].expand(-1, 1, *latents.shape[2:])
         mask = torch.zeros_like(time)
@@ -71,6 +72,10 @@ def make_settings(**changes: Any) -> TrainingSettings:
     return TrainingSettings(**{**values, **changes})
 
 
+def conditions(embeds: Tensor, *, masks: Tensor, **_: Any) -> Conditions:
+    return Conditions(prompt_embeds=embeds, controlnet_cond=masks[:, None].float())
+
+
 def make_learner(
     settings: TrainingSettings,
     world: World | None = None,
@@ -82,7 +87,7 @@ def make_learner(
         denoiser=denoiser or make_denoiser(),
         examples=examples,
         prompt_embeds=torch.from_numpy(np.random.default_rng(6).normal(size=(3, 5, 6)).astype(np.float32)),
-        condition=lambda masks: masks[:, None].float(),
+        conditions=conditions,
         alphas_cumprod=torch.linspace(0.999, 0.01, NUM_TIMESTEPS),
         prediction_type=prediction_type,
         objectives=(NoisePrediction(),),

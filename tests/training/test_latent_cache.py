@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from factory.storage import open_table
 from factory.training.examples import Latents
 from factory.training.latent_cache import (
     embed_prompts,
+    Variant,
     encoder_of,
     fill_latents,
     latent_kl,
@@ -20,6 +22,8 @@ from factory.training.latent_cache import (
 )
 from factory.training.task import load_rows
 
+BOTH = (Variant(), Variant(flipped=True))
+
 
 def test_cached_latents_equal_direct_encoding(tmp_path: Path, random_base: Path) -> None:
     real = write_real(tmp_path / "real.lance", make_rows())
@@ -28,10 +32,10 @@ def test_cached_latents_equal_direct_encoding(tmp_path: Path, random_base: Path)
     rows = load_rows(task, "train")
     uri = latents_uri(real, task.generator)
     assert uri.startswith(f"{real}.cache/latents-") and uri.endswith(f"-{RESOLUTION}.lance")
-    assert fill_latents(uri, rows, encoder_of(generator), flips=(False, True), batch_size=3) == 2 * len(rows)
-    order = [rows[i].image_id for i in (3, 0, 7)]
-    cached = read_latents(uri, order, horizontal_flip=True)
-    images = np.stack([as_rgb(rows[i].image) for i in (3, 0, 7)])
+    assert fill_latents(uri, rows, encoder_of(generator), variants=BOTH, batch_size=3) == 2 * len(rows)
+    order = [rows[i] for i in (3, 0, 7)]
+    cached = read_latents(uri, order, BOTH)
+    images = np.stack([as_rgb(row.image) for row in order])
     for flipped, mean, logvar in (
         (False, cached.mean, cached.logvar),
         (True, cached.flipped_mean, cached.flipped_logvar),
@@ -50,7 +54,7 @@ def test_only_what_is_missing_is_encoded(tmp_path: Path, random_base: Path) -> N
     uri = latents_uri(real, task.generator)
     encoded: list[int] = []
 
-    def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(images: np.ndarray, hidden: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         encoded.append(len(images))
         mean = np.repeat(images[:, None, ::8, ::8, 0] / 255, 2, axis=1).astype(np.float16)
         return mean, np.zeros_like(mean)
@@ -60,13 +64,12 @@ def test_only_what_is_missing_is_encoded(tmp_path: Path, random_base: Path) -> N
     # The table changed: other rows appear, the old ones stay cached.
     write_real(tmp_path / "real.lance", make_rows() + make_rows(seed=1), overwrite=True)
     changed = load_rows(make_task(random_base, real, tmp_path / "out"), "train")
-    ids = [row.image_id for row in changed]
-    assert len(missing_latents(uri, ids, flips=(False,))) == len(changed) - 4
+    assert len(missing_latents(uri, changed, (Variant(),))) == len(changed) - 4
     assert fill_latents(uri, changed, encode) == len(changed) - 4
     assert open_table(uri).count() == len(changed)
-    assert read_latents(uri, ids).mean.shape == (len(changed), 2, 8, 8)
+    assert read_latents(uri, changed).mean.shape == (len(changed), 2, 8, 8)
     with pytest.raises(ValueError, match="lacks the latents of 1 images, first nowhere"):
-        read_latents(uri, [*ids, "nowhere"])
+        read_latents(uri, [*changed, replace(changed[0], image_id="nowhere")])
 
 
 def test_work_done_before_a_failure_is_kept(tmp_path: Path, random_base: Path) -> None:
@@ -76,7 +79,7 @@ def test_work_done_before_a_failure_is_kept(tmp_path: Path, random_base: Path) -
     uri = latents_uri(real, task.generator)
     calls = 0
 
-    def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(images: np.ndarray, hidden: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         nonlocal calls
         calls += 1
         if calls == 40:
@@ -94,7 +97,7 @@ def test_latents_that_are_not_finite_are_named(tmp_path: Path, random_base: Path
     real = write_real(tmp_path / "real.lance", make_rows())
     rows = load_rows(make_task(random_base, real, tmp_path / "out"), "train")
 
-    def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(images: np.ndarray, hidden: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         values = np.zeros((len(images), 1, 2, 2), np.float16)
         values[1] = np.inf
         return values, values
