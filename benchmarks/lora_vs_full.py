@@ -21,7 +21,6 @@ from measure import save
 from phantom_tables import write_phantoms
 
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,7 +79,9 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows = [evaluate("none", full, ground, None, target, args, {"seconds": 0.0})]
     done = train(full, target, folder / "scratch", args.steps, args.device, learning_rate=3e-4)
     rows.append(evaluate("scratch", full, folder / "scratch", None, target, args, done))
-    done = train(full, target, folder / "full", args.steps, args.device, adapt_from=ground, learning_rate=3e-4)
+    done = train(
+        full, target, folder / "full", args.steps, args.device, adapt_from=ground, learning_rate=3e-4
+    )
     rows.append(evaluate("full", full, folder / "full", ground, target, args, done))
     for rank in (int(word) for word in args.ranks.split(",")):
         trainable = Trainable(unet="lora", controlnet=False, lora_rank=rank)

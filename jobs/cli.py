@@ -35,7 +35,15 @@ VERBS = {
     "demo": Verb(module="jobs.demo", about="the whole main job in minutes, ending in a report", resumes=True),
     "prepare": Verb(module="jobs.prepare", about="read, verify, split and embed a real dataset into a table"),
     "recipes": Verb(module="jobs.recipes", about="list the recipes, or show one in full"),
-    "train": Verb(module="jobs.train", about="train a recipe's generator on the real table", resumes=True),
+    "caption": Verb(
+        module="jobs.caption", about="describe real images in words, or write new prompts from these", resumes=True
+    ),
+    "train": Verb(
+        module="jobs.train", about="train a recipe's generator, autoencoder or mask model", resumes=True
+    ),
+    "heal": Verb(
+        module="jobs.heal", about="paint lesions over, so that real images serve as backgrounds", resumes=True
+    ),
     "synthesize": Verb(
         module="jobs.synthesize", about="make annotated images into a synthetic table", resumes=True
     ),

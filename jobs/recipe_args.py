@@ -1,20 +1,22 @@
 """Recipes on the command line: by name or `module:function`, single fields overridden with types and errors.
 
-`--recipe tiny --sampling.num-inference-steps 30` changes one field; `masks:real-masks --masks.max-shift 0.1`
-chooses another component of the same kind and sets its fields.
+`--recipe tiny --sampling.num-inference-steps 30` changes one field; `masks:real-masks --masks.shift 0.1`
+chooses another component of the same kind and sets its fields. The order does not matter.
 """
 
 import dataclasses
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from factory.recipes import RECIPES, Recipe
 
 Args = TypeVar("Args")
+_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
 def get_recipe(name: str) -> Recipe:
@@ -62,20 +64,75 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         return recipe
     import tyro
 
-    fields = [f.name for f in dataclasses.fields(Recipe)]
-    chooses = any(":" in item and item.split(":")[0].split(".")[0] in fields for item in overrides)
-    config = () if chooses else (tyro.conf.AvoidSubcommands,)
+    chosen, options = recipe, []
+    for item in overrides:
+        if not item.startswith("-") and item.split(":")[0].split(".")[0] in _FIELDS and ":" in item:
+            chosen = choose(chosen, item)
+        else:
+            options.append(item)
     changed = tyro.cli(
         Recipe,
-        default=recipe,
-        args=list(overrides),
-        config=config,
+        default=chosen,
+        args=options,
+        config=(tyro.conf.AvoidSubcommands,),
         prog=f"--recipe {name}",
         console_outputs=True,
     )
     changed = dataclasses.replace(changed, name=recipe.name, paper=recipe.paper)
     changed.check()
     return changed
+
+
+def choose(recipe: Recipe, choice: str) -> Recipe:
+    """The recipe with another component in a field: `masks:real-masks`, `guidances.0:masked-blend`, `annotator:none`.
+
+    The component comes with its own defaults, unless the recipe's is of that kind already. In a tuple the number
+    after the last appends.
+
+    Raises:
+        ValueError: no such field or component; the ones there are, the nearest first.
+    """
+    path, _, wanted = choice.partition(":")
+    return _replaced(recipe, Recipe, path.split("."), wanted, choice)
+
+
+def _replaced(owner: Any, kind: Any, path: Sequence[str], wanted: str, choice: str) -> Any:
+    """`owner` with what `path` leads to replaced by the member of its type that is called `wanted`."""
+    if not path:
+        return _member(owner, kind, wanted, choice)
+    head, rest = path[0], path[1:]
+    if isinstance(owner, tuple):
+        element = get_args(kind)[0]
+        if not head.isdigit() or int(head) > len(owner):
+            raise ValueError(f"{choice!r}: want a number of 0 … {len(owner)} in the place of {head!r}")
+        items = list(owner) if int(head) < len(owner) else [*owner, None]
+        items[int(head)] = _replaced(items[int(head)], element, rest, wanted, choice)
+        return tuple(items)
+    hints = get_type_hints(type(owner)) if dataclasses.is_dataclass(owner) else {}
+    if head not in hints:
+        raise ValueError(f"{choice!r}: no field {head!r}; there are {', '.join(hints)}")
+    return dataclasses.replace(
+        owner, **{head: _replaced(getattr(owner, head), hints[head], rest, wanted, choice)}
+    )
+
+
+def _member(present: Any, kind: Any, wanted: str, choice: str) -> Any:
+    members = {_kebab(member): member for member in get_args(kind) or (kind,)}
+    if wanted.lower() not in members:
+        near = difflib.get_close_matches(wanted, members, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{choice!r}: {wanted!r} is none of {', '.join(members)}{hint}")
+    member = members[wanted.lower()]
+    if member is type(None):
+        return None
+    return present if type(present) is member else member()
+
+
+def _kebab(member: Any) -> str:
+    """DeformedEllipse → deformed-ellipse, CurvatureGAN → curvature-gan, None → none."""
+    if member is type(None):
+        return "none"
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", member.__name__).lower()
 
 
 def parse_args(kind: type[Args], argv: Sequence[str], prog: str, description: str = "") -> Args:

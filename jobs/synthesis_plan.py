@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import tyro
 
+from factory.curation.filters import SimilarityBand
+from factory.embedding import EmbedderSpec
+from factory.imaging import TrainingRow
 from factory.recipes import Recipe
 from factory.version import code_version
 from jobs.recipe_args import parse_recipe
@@ -139,7 +142,6 @@ def prepare(args: Args) -> Prepared:
     Raises:
         ValueError, FileNotFoundError: an input is missing or does not fit, named with what to do.
     """
-    from factory.embedding import EmbedderSpec
     from factory.generators.checkpoints import check_recipe, read_manifest
     from factory.imaging import decode_rows
     from factory.storage import class_names, open_table, real_digest, real_rows
@@ -153,6 +155,19 @@ def prepare(args: Args) -> Prepared:
         raise ValueError(f"{args.real}: the train split is empty; run `factory prepare` again")
     rows = decode_rows(rows_table, recipe.generator.resolution)
     train_counts = {name: sum(row.label_name == name for row in rows) for name in labels}
+    notes = []
+    if recipe.backgrounds is not None:
+        # Without a lesion nothing would be made: the row would be a copy of a patient's image.
+        healthy = {name for name in labels if not any(_has_lesion(row, name) for row in rows)}
+        asked = (args.labels or "").split(",")
+        for name in sorted(healthy & {item.partition("=")[0].strip() for item in asked}):
+            raise ValueError(
+                f"--labels: class {name!r} has no lesion in any training mask, and recipe {recipe.name} paints lesions "
+                "into real images; leave it out, or use a recipe that makes whole images"
+            )
+        if healthy and args.labels is None:
+            notes.append(f"classes without lesions are left out: {', '.join(sorted(healthy))}")
+            train_counts = {name: 0 if name in healthy else count for name, count in train_counts.items()}
     counts = resolve_counts(args, labels, train_counts)
     absent = [name for name, count in counts.items() if count and not train_counts.get(name)]
     if absent:
@@ -162,11 +177,11 @@ def prepare(args: Args) -> Prepared:
     generator = Path(args.generator)
     check_recipe(generator, recipe.name)
     digest = real_digest(real)
-    notes = []
     if read_manifest(generator)["recipe"].get("real_digest") not in (None, digest):
         notes.append(f"the generator was trained on other real rows than the train split of {args.real}")
     embeddings = np.stack(rows_table["embedding"].to_numpy(zero_copy_only=False)).astype(np.float32)
-    filters = tuple(item.fit(rows, embeddings) for item in recipe.filters)
+    spec = EmbedderSpec.from_json(real.metadata["embedder"])
+    filters = _fit_filters(recipe, rows, embeddings, spec)
     for item in filters:
         for label, reason in getattr(item, "off", {}).items():
             notes.append(f"{type(item).__name__} does not judge class {labels[label]}: {reason}")
@@ -179,7 +194,6 @@ def prepare(args: Args) -> Prepared:
         seed=args.seed,
         labels=labels,
     )
-    spec = EmbedderSpec.from_json(real.metadata["embedder"])
     licences = sorted(set(rows_table["licence"].to_pylist()))
     return Prepared(
         recipe=recipe,
@@ -194,6 +208,23 @@ def prepare(args: Args) -> Prepared:
         real_version=real.version,
         notes=tuple(notes),
     )
+
+
+def _has_lesion(row: TrainingRow, label: str) -> bool:
+    return row.label_name == label and row.mask is not None and bool(row.mask.any())
+
+
+def _fit_filters(
+    recipe: Recipe, rows: Sequence[TrainingRow], embeddings: np.ndarray, spec: EmbedderSpec
+) -> tuple[Any, ...]:
+    """The recipe's filters, fitted on the training rows; lesion crops are embedded where one looks at them."""
+    fitted: list[Any] = []
+    for item in recipe.filters:
+        if isinstance(item, SimilarityBand) and item.needs_crops:
+            fitted.append(item.fit(rows, embeddings, spec.embedder().load().embed))
+        else:
+            fitted.append(item.fit(rows, embeddings))
+    return tuple(fitted)
 
 
 def execution(

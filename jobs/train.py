@@ -1,17 +1,19 @@
-"""Train a recipe's generator on the training rows of a real table.
+"""Train a recipe's generator, or another part of it, on the training rows of a real table.
 
     factory train --recipe tiny --real real.lance --out runs/generator
+    factory train --recipe scmg --part vae --real real.lance --out runs/vae
+    factory train --recipe scmg --part mask_gan --real real.lance --out runs/masks
     factory train --recipe clinical_prior --real real.lance --out runs/generator --num-workers 4 --use-gpu
     factory train --recipe clinical_prior --real other.lance --out runs/adapter \\
         --adapt-from runs/generator --lora-rank 8
 
 Running the same command again after any interruption goes on from the last checkpoint; with a larger
-`--max-steps` a finished run goes on too. Without `--num-workers` a machine with at most one GPU trains in this
+`--max-steps` a finished run goes on too. The VAE, the mask GAN and the mask DDPM have their own settings in the recipe
+(`--vae-stage.training.…`, `--masks.model.training.…`). Without `--num-workers` a machine with at most one GPU trains in this
 process; `--num-workers N` trains in N Ray workers.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +22,23 @@ from typing import Any
 
 import tyro
 
+from factory.generators.mask_diffusion import MaskDDPM
+from factory.generators.mask_gan import MaskGAN
 from factory.recipes import Recipe
-from factory.training.task import (
-    TrainingTask,
-    adapted,
-    check_task,
-    finished_step,
-    identity_of,
+from factory.sources.mask_models import CurvatureGAN, MaskDiffusion
+from factory.training.parts import (
+    Part,
+    PartTask,
+    check_run,
+    clear_any_run,
+    finished_step_of,
+    identity_of_run,
 )
+from factory.training.task import TrainingTask, adapted
+from factory.training.vae_stage import VAEStage
 from jobs.recipe_args import parse_args, parse_recipe
-from jobs.train_progress import Watcher, follow, latest_metrics
+from jobs.train_progress import Watcher, latest_metrics
+from jobs.train_workers import Workers, fit_here, fit_in_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +50,11 @@ class Args:
     real: str
     """Real table, made by `factory prepare`."""
     out: str
-    """Folder for the generator, its checkpoints and its learning curve."""
+    """Folder for the weights, their checkpoints and the learning curve."""
+    part: Part = "generator"
+    """What is trained: the generator, its VAE (before the generator), or the recipe's mask model."""
     max_steps: int | None = None
-    """Optimizer updates in all, instead of the recipe's."""
+    """Optimizer updates of that part in all, instead of the recipe's."""
     num_workers: int | None = None
     """Ray workers that share each batch; 0 is this process. By default one per GPU where there are several, else 0."""
     use_gpu: bool | None = None
@@ -70,7 +81,7 @@ class TrainingSummary:
     """What a run of the job did.
 
     Attributes:
-        out: the generator's folder.
+        out: the folder of the weights.
         start_step, steps: updates done before, and now.
         seconds: of the whole job.
         steps_per_second: of the steps alone.
@@ -87,15 +98,73 @@ class TrainingSummary:
     model: tuple[str, str] | None
 
 
-def make_task(args: Args) -> tuple[TrainingTask, Recipe]:
+def make_task(args: Args) -> tuple[TrainingTask | PartTask, Recipe]:
     """The task that the arguments describe, and the recipe with its overrides.
 
     Raises:
         ValueError, FileNotFoundError: unknown recipe, table or checkpoint, contradicting options.
     """
+    recipe = parse_recipe(args.recipe, args.overrides)
+    if args.part != "generator":
+        return _part_task(args, recipe)
+    return _generator_task(args, recipe)
+
+
+def _part_task(args: Args, recipe: Recipe) -> tuple[PartTask, Recipe]:
     from factory.storage import open_table
 
-    recipe = parse_recipe(args.recipe, args.overrides)
+    if args.adapt_from is not None or args.lora_rank is not None:
+        raise ValueError(
+            f"--part {args.part}: --adapt-from and --lora-rank are of the generator; leave them out"
+        )
+    component: VAEStage | MaskGAN | MaskDDPM
+    if args.part == "vae":
+        recipe = dataclasses.replace(recipe, vae_stage=_with_max_steps(recipe.vae_stage, args.max_steps))
+        component = recipe.vae_stage
+    else:
+        source = mask_source(recipe, args.part)
+        component = _with_max_steps(source.model, args.max_steps)
+        recipe = dataclasses.replace(recipe, masks=dataclasses.replace(source, model=component))  # type: ignore[arg-type]
+    task = PartTask(
+        part=args.part,
+        recipe=recipe.name,
+        component=component,
+        generator=recipe.generator,
+        real=_absolute(args.real),
+        real_version=open_table(args.real).version,
+        out=Path(args.out).expanduser().resolve(),
+    )
+    return task, recipe
+
+
+def _with_max_steps(component: Any, max_steps: int | None) -> Any:
+    """The component with another number of updates, where one is asked for."""
+    if max_steps is None:
+        return component
+    return dataclasses.replace(
+        component, training=dataclasses.replace(component.training, max_steps=max_steps)
+    )
+
+
+def mask_source(recipe: Recipe, part: Part) -> CurvatureGAN | MaskDiffusion:
+    """The recipe's source of masks, if it holds the model that `--part` trains.
+
+    Raises:
+        ValueError: it does not; says how to choose one that does.
+    """
+    choice = {"mask_gan": "masks:curvature-gan", "mask_diffusion": "masks:mask-diffusion"}[part]
+    wanted = CurvatureGAN if part == "mask_gan" else MaskDiffusion
+    if isinstance(recipe.masks, (CurvatureGAN, MaskDiffusion)) and isinstance(recipe.masks, wanted):
+        return recipe.masks
+    found = (
+        "takes no masks" if recipe.masks is None else f"takes its masks from {type(recipe.masks).__name__}"
+    )
+    raise ValueError(f"--part {part}: recipe {recipe.name} {found}; choose the source with {choice}")
+
+
+def _generator_task(args: Args, recipe: Recipe) -> tuple[TrainingTask, Recipe]:
+    from factory.storage import open_table
+
     settings, generator = recipe.training, recipe.generator
     if args.max_steps is not None:
         settings = dataclasses.replace(settings, max_steps=args.max_steps)
@@ -155,17 +224,17 @@ def run(args: Args) -> TrainingSummary:
         ValueError, FileNotFoundError, PermissionError: bad input, before any compute.
         ray.train.TrainingFailedError: the workers died more than `max_failures` times.
     """
-    from factory.training.run_identity import check_identity, clear_run
+    from factory.training.run_identity import check_identity
 
     start = time.perf_counter()
     task, recipe = make_task(args)
     num_workers, use_gpu = choose_workers(args)
-    check_task(task, num_workers)
+    check_run(task, num_workers)
     if args.overwrite:
-        clear_run(task.out)
-    identity = identity_of(task)
+        clear_any_run(task.out)
+    identity = identity_of_run(task)
     check_identity(task.out, identity)
-    done_before = finished_step(task)
+    done_before = finished_step_of(task)
     if done_before is not None and done_before > task.settings.max_steps:
         raise ValueError(
             f"--max-steps {task.settings.max_steps}: {task.out} is finished at step {done_before}; ask for more, choose "
@@ -186,7 +255,7 @@ def run(args: Args) -> TrainingSummary:
 
 def _train(
     args: Args,
-    task: TrainingTask,
+    task: TrainingTask | PartTask,
     recipe: Recipe,
     identity: Mapping[str, Any],
     num_workers: int,
@@ -199,8 +268,9 @@ def _train(
     start_step = max(checkpoint_steps(task.out), default=0)
     where = f"{num_workers} Ray workers" if num_workers else "this process"
     going_on = f", going on from step {start_step}" if start_step else ""
+    part = "" if args.part == "generator" else f" {args.part}"
     print(
-        f"train {task.recipe}: {task.settings.max_steps} steps in {where} on {'GPU' if use_gpu else 'CPU'}{going_on}"
+        f"train {task.recipe}{part}: {task.settings.max_steps} steps in {where} on {'GPU' if use_gpu else 'CPU'}{going_on}"
     )
     if task.settings.warmup_steps >= task.settings.max_steps:
         print(
@@ -216,12 +286,26 @@ def _train(
         Watcher(task, tracked) as watcher,
     ):
         if num_workers == 0:
-            _fit_here(task, identity, use_gpu, watcher)
+            fit_here(task, identity, use_gpu, watcher)
         else:
-            _fit_in_workers(args, task, identity, num_workers, use_gpu, watcher)
+            fit_in_workers(
+                task,
+                identity,
+                Workers(
+                    number=num_workers,
+                    use_gpu=use_gpu,
+                    cpus_per_worker=args.cpus_per_worker,
+                    max_failures=args.max_failures,
+                    address=args.address,
+                    num_cpus=args.num_cpus,
+                ),
+                watcher,
+            )
         metrics = latest_metrics(task.out)
         model = tracked.register_generator(
-            task.out, f"generator-{task.recipe}", {"steps": task.settings.max_steps, "real": identity["real"]}
+            task.out,
+            f"{args.part}-{task.recipe}",
+            {"steps": task.settings.max_steps, "real": identity["real"]},
         )
     return TrainingSummary(
         out=task.out,
@@ -234,113 +318,9 @@ def _train(
     )
 
 
-def _fit_here(task: TrainingTask, identity: Mapping[str, Any], use_gpu: bool, watcher: Watcher) -> None:
-    """Ray Train's local mode: the same trainer, this process, no cluster."""
-    import torch
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from factory.training.metrics import Observer
-    from factory.training.run import train_generator
-    from factory.training.world import World
-
-    def train_loop_per_worker() -> None:
-        observer = Observer(
-            on_latents=watcher.on_latents,
-            on_start=watcher.on_start,
-            on_metrics=watcher.on_metrics,
-            on_preview=watcher.on_preview,
-        )
-        train_generator(task, identity, World(device="cuda" if use_gpu else "cpu"), observer)
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    TorchTrainer(train_loop_per_worker, scaling_config=ScalingConfig(num_workers=0, use_gpu=use_gpu)).fit()
-    if use_gpu:
-        torch.cuda.empty_cache()  # the next job of this process may want the GPU in another one
-
-
-def train_loop_per_worker(config: Mapping[str, Any]) -> None:
-    """What each Ray worker executes; `config` holds the task and its identity."""
-    import ray.train
-    from ray.train.torch import get_device, prepare_model
-
-    from factory.training.run import train_generator
-    from factory.training.world import World
-
-    context = ray.train.get_context()
-    world = World(
-        rank=context.get_world_rank(),
-        size=context.get_world_size(),
-        device=str(get_device()) if config["use_gpu"] else "cpu",
-        wrap=prepare_model,
-    )
-    train_generator(config["task"], config["identity"], world)
-
-
-def _fit_in_workers(
-    args: Args,
-    task: TrainingTask,
-    identity: Mapping[str, Any],
-    num_workers: int,
-    use_gpu: bool,
-    watcher: Watcher,
-) -> None:
-    """Ray Train over `num_workers`. State lies in `task.out`, so restarted workers go on from its checkpoints.
-
-    Ray Train's own checkpoint registry is not used: a worker that dies just after a report restarts from
-    nothing there.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
-
-    from jobs.cluster import start_ray
-    from jobs.latents import fill_latents_by_ray
-
-    with start_ray(args.address, args.num_cpus) as handle:
-        cpus = args.cpus_per_worker or (1 if use_gpu else max(1, int(handle.num_cpus) // num_workers))
-        if not args.address and num_workers * cpus > handle.num_cpus:
-            raise ValueError(
-                f"--num-workers {num_workers} × {cpus} CPUs: Ray has {handle.num_cpus:.0f}; they would wait forever. "
-                "Ask for fewer workers, or raise --num-cpus"
-            )
-        if use_gpu and not args.address and num_workers > handle.num_gpus:
-            raise ValueError(
-                f"--num-workers {num_workers}: Ray has {handle.num_gpus:.0f} GPUs, each worker needs one"
-            )
-        filled = fill_latents_by_ray(task, num_workers=num_workers, use_gpu=use_gpu, num_cpus=cpus)
-        if filled:
-            print(f"encoded {filled} latents")
-        resources = {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
-        trainer = TorchTrainer(
-            train_loop_per_worker,
-            train_loop_config={"task": task, "identity": dict(identity), "use_gpu": use_gpu},
-            scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name="train",
-                storage_path=str(task.out / ".ray"),
-                failure_config=FailureConfig(max_failures=args.max_failures),
-            ),
-        )
-        with follow(task.out, watcher):
-            try:
-                trainer.fit()
-            except TrainingFailedError as error:
-                for failure in getattr(error, "worker_failures", {}).values():
-                    cause = getattr(failure, "_base_exc", failure)
-                    if isinstance(cause, ValueError):  # as it would be in this process
-                        raise ValueError(str(cause)) from error
-                raise
-
-
 def print_summary(args: Args, summary: TrainingSummary) -> None:
     """What was done, and what to run next."""
-    following = (
-        f"factory synthesize --recipe {args.recipe} --generator {args.adapt_from or args.out} "
-        + (f"--adapters {args.out} " if args.adapt_from else "")
-        + f"--real {args.real} --num-requests 128 --out synthetic.lance"
-    )
+    following = _following(args)
     if summary.model is None:
         print(
             f"{args.out} is finished already at step {summary.steps}: nothing done (--max-steps for more, "
@@ -354,6 +334,23 @@ def print_summary(args: Args, summary: TrainingSummary) -> None:
         f"loss {loss:.4f}{held_out}; model {summary.model[0]} version {summary.model[1]}"
     )
     print(f"wrote {args.out}; next: {following}")
+
+
+def _following(args: Args) -> str:
+    """The command that uses what was trained."""
+    train = f"factory train --recipe {args.recipe} --real {args.real} --out generator"
+    if args.part == "vae":
+        return f"{train} --generator.vae {args.out}"
+    if args.part != "generator":
+        return (
+            f"factory synthesize --recipe {args.recipe} --generator GENERATOR --masks.checkpoint {args.out} "
+            f"--real {args.real} --num-requests 128 --out synthetic.lance"
+        )
+    return (
+        f"factory synthesize --recipe {args.recipe} --generator {args.adapt_from or args.out} "
+        + (f"--adapters {args.out} " if args.adapt_from else "")
+        + f"--real {args.real} --num-requests 128 --out synthetic.lance"
+    )
 
 
 def command(argv: Sequence[str]) -> int:

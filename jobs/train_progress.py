@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from factory.training.metrics import read_metrics
+from factory.training.parts import PartTask
 from factory.training.task import TrainingTask
 from jobs.progress import progress_bar
 
@@ -28,7 +29,7 @@ def latest_metrics(out: Path) -> dict[str, float]:
 class Watcher:
     """Hands metrics and previews to MLflow and the progress line, in the driver."""
 
-    def __init__(self, task: TrainingTask, tracked: "Run") -> None:
+    def __init__(self, task: TrainingTask | PartTask, tracked: "Run") -> None:
         self._task, self._tracked = task, tracked
         self._stack = contextlib.ExitStack()
         self._advance: Callable[[int], None] | None = None

@@ -18,6 +18,7 @@ RANK = {
     "factory.version": 1,
     "factory.datasets": 3,
     "factory.storage": 2,
+    "factory.sketches": 2,
     "factory.tracking": 2,
     "factory.embedding": 2,
     "factory.diffusion": 2,

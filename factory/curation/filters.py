@@ -7,78 +7,36 @@ wherever a bound depends on the class.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
 from factory import geometry
+from factory.curation.filter_batch import (
+    FilterBatch,
+    FittedFilter,
+    Scores,
+    column,
+    digest_rows,
+    first_reasons,
+)
+from factory.curation.similarity_band import FittedSimilarityBand, RealNeighbours, SimilarityBand
 from factory.imaging import TrainingRow, as_grey
-from schemas.identity import hash_parts
 from schemas.sample import RejectReason
 
-Scores = Mapping[str, np.ndarray]
-"""Name of a score → float32 (N,). NaN where a score does not apply to a row."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FilterBatch:
-    """N synthetic rows as the filters see them.
-
-    Attributes:
-        images: uint8 (S, S) or (S, S, 3) each.
-        requested_masks: the conditions, uint8 (S, S) each; None where the recipe has none.
-        masks: the labels, uint8 (S, S) each; None where there is none.
-        labels: (N,) index into the class names.
-        embeddings: float32 (N, D), unit norm.
-    """
-
-    images: Sequence[np.ndarray]
-    requested_masks: Sequence[np.ndarray | None]
-    masks: Sequence[np.ndarray | None]
-    labels: np.ndarray
-    embeddings: np.ndarray
-
-    def __post_init__(self) -> None:
-        lengths = {
-            f: len(getattr(self, f)) for f in ("images", "requested_masks", "masks", "labels", "embeddings")
-        }
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"FilterBatch: fields differ in length: {lengths}")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-class FittedFilter(Protocol):
-    """What a filter's `fit(rows, embeddings)` gives back."""
-
-    fitted_on: str
-
-    def score(self, batch: FilterBatch) -> dict[str, np.ndarray]:
-        """Every score of every row."""
-        ...
-
-    def verdict(self, scores: Scores) -> list[RejectReason | None]:
-        """Reason or None for every row, from the scores alone."""
-        ...
-
-
-def first_reasons(filters: Sequence[FittedFilter], scores: Scores) -> list[RejectReason | None]:
-    """The verdict of several filters: for each row the reason of the first filter that has one."""
-    verdicts = [item.verdict(scores) for item in filters]
-    return [next((reason for reason in row if reason is not None), None) for row in zip(*verdicts)]
-
-
-def _digest(rows: Sequence[TrainingRow]) -> str:
-    return hash_parts("rows", *sorted(row.image_id for row in rows))
-
-
-def _column(scores: Scores, name: str) -> np.ndarray:
-    if name not in scores:
-        raise ValueError(f"scores: {name!r} is missing; this table was scored without that filter")
-    return np.asarray(scores[name])
-
+__all__ = [
+    "BlankImage",
+    "DegenerateMask",
+    "FilterBatch",
+    "FittedBlankImage",
+    "FittedDegenerateMask",
+    "FittedFilter",
+    "FittedSimilarityBand",
+    "RealNeighbours",
+    "Scores",
+    "SimilarityBand",
+    "first_reasons",
+]
 
 # ------------------------------------------------------------------------------------------ masks
 
@@ -118,7 +76,7 @@ class DegenerateMask:
             masks = [row.mask for row in rows if row.label == label and row.mask is not None]
             if masks:
                 ranges[label] = self._range([mask for mask in masks if mask.any()])
-        return FittedDegenerateMask(source=self, ranges=ranges, fitted_on=_digest(rows))
+        return FittedDegenerateMask(source=self, ranges=ranges, fitted_on=digest_rows(rows))
 
     def _range(self, lesions: Sequence[np.ndarray]) -> "MaskRange":
         if not lesions:
@@ -189,16 +147,16 @@ class FittedDegenerateMask:
 
     def verdict(self, scores: Scores) -> list[RejectReason | None]:
         """Empty, too small, too large, fragmented, at the border: the first that holds."""
-        low, high = _column(scores, "mask_area_low"), _column(scores, "mask_area_high")
+        low, high = column(scores, "mask_area_low"), column(scores, "mask_area_high")
         margin = self.source.area_margin
         checks = (
             (RejectReason.EMPTY_MASK, low == 0),
             (RejectReason.MASK_TOO_SMALL, low < 1 / margin),
             (RejectReason.MASK_TOO_LARGE, high > margin),
-            (RejectReason.MASK_FRAGMENTED, _column(scores, "mask_fragments") > self.source.max_fragments),
+            (RejectReason.MASK_FRAGMENTED, column(scores, "mask_fragments") > self.source.max_fragments),
             (
                 RejectReason.MASK_TOUCHES_BORDER,
-                _column(scores, "mask_border_excess") > self.source.max_border_contact,
+                column(scores, "mask_border_excess") > self.source.max_border_contact,
             ),
         )
         return [next((reason for reason, hit in checks if hit[i]), None) for i in range(len(low))]
@@ -248,7 +206,7 @@ class BlankImage:
             dynamic_range=float(low[1]),
             saturated=float(high[2]),
             roughness=float(high[3]),
-            fitted_on=_digest(rows),
+            fitted_on=digest_rows(rows),
         )
 
 
@@ -292,143 +250,12 @@ class FittedBlankImage:
         """BLANK_IMAGE where any bound is left."""
         source = self.source
         blank = (
-            (_column(scores, "image_deviation") < self.deviation / source.margin)
-            | (_column(scores, "image_dynamic_range") < self.dynamic_range / source.margin)
-            | (_column(scores, "image_saturated") > self.saturated + source.saturation_margin)
+            (column(scores, "image_deviation") < self.deviation / source.margin)
+            | (column(scores, "image_dynamic_range") < self.dynamic_range / source.margin)
+            | (column(scores, "image_saturated") > self.saturated + source.saturation_margin)
             | (
-                _column(scores, "image_roughness")
+                column(scores, "image_roughness")
                 > self.roughness + source.roughness_margin * max(0.0, 1 - self.roughness)
             )
         )
         return [RejectReason.BLANK_IMAGE if hit else None for hit in blank]
-
-
-# ------------------------------------------------------------------------------------------ embeddings
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimilarityBand:
-    """Images too far from every real training image of their class, or closer than real images are.
-
-    The nearest cosine similarity to the class's references is placed within the distribution that real
-    images of other patients have: leave one out, own group excluded, with as many references as scoring uses
-    (the nearest similarity grows with the number of references). Deviates from Xie et al. 2025, who state
-    neither reference nor thresholds. The band cannot detect copies (most true twins fall below its upper
-    bound): that is a test of its own on registered crops.
-
-    Attributes:
-        lower, upper: accepted positions: quantiles of the real distribution in 0 … 1; below 0 and above 1
-            count interquartile ranges beyond its ends.
-        min_references: classes with fewer independent references are not judged, and say so.
-    """
-
-    lower: float = 0.005
-    upper: float = 0.995
-    min_references: int = 20
-
-    def __post_init__(self) -> None:
-        if not self.lower < self.upper:
-            raise ValueError(f"want lower < upper, got {self.lower} and {self.upper}")
-        if self.min_references < 2:
-            raise ValueError(f"min_references: want ≥ 2, got {self.min_references}")
-
-    def fit(self, rows: Sequence[TrainingRow], embeddings: np.ndarray) -> "FittedSimilarityBand":
-        """References and the real-to-real distribution per class.
-
-        Args:
-            rows: real training rows.
-            embeddings: float32 (n, D), unit norm, of the same rows in the same order.
-
-        Raises:
-            ValueError: numbers differ, or an embedding is not of unit norm.
-        """
-        embeddings = np.asarray(embeddings, np.float32)
-        if embeddings.ndim != 2 or len(embeddings) != len(rows):
-            raise ValueError(f"embeddings: want ({len(rows)}, D), one per row, got {embeddings.shape}")
-        if len(rows) and not np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3):
-            raise ValueError("embeddings: want unit norm")
-        classes = {
-            label: self._fit_class([k for k, row in enumerate(rows) if row.label == label], rows, embeddings)
-            for label in sorted({row.label for row in rows})
-        }
-        return FittedSimilarityBand(source=self, classes=classes, fitted_on=_digest(rows))
-
-    def _fit_class(
-        self, members: Sequence[int], rows: Sequence[TrainingRow], embeddings: np.ndarray
-    ) -> "RealNeighbours":
-        # Order by a hash of the id: which rows are references depends neither on table order nor on names.
-        order = sorted(members, key=lambda k: hash_parts("reference", rows[k].image_id))
-        vectors = embeddings[order]
-        groups = np.array([rows[k].group_id for k in order])
-        _, group_index, group_sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        size = len(order) - int(group_sizes.max())  # references left for every row once its group is out
-        if size < self.min_references:
-            off = (
-                f"class {rows[members[0]].label_name!r} has {size} references outside a row's own group, "
-                f"{self.min_references} are needed: not judged"
-            )
-            return RealNeighbours(references=vectors, nearest=np.empty(0, np.float32), off=off)
-        similarity = vectors @ vectors.T
-        other = group_index[:, None] != group_index[None, :]
-        usable = other & (np.cumsum(other, axis=1) <= size)
-        nearest = np.sort(np.where(usable, similarity, -np.inf).max(axis=1))
-        return RealNeighbours(references=vectors[:size].copy(), nearest=nearest, off="")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RealNeighbours:
-    """One class: references (m, D), sorted nearest similarities of real rows (n,), why it is off ("" if on)."""
-
-    references: np.ndarray = field(repr=False)
-    nearest: np.ndarray = field(repr=False)
-    off: str = ""
-
-    def position(self, similarity: np.ndarray) -> np.ndarray:
-        """Quantile of `similarity` among real rows, continued beyond the ends in interquartile ranges."""
-        low, high = self.nearest[0], self.nearest[-1]
-        first, third = np.quantile(self.nearest, [0.25, 0.75])
-        unit = max(float(third - first), 1e-6)
-        inside = np.interp(similarity, self.nearest, np.linspace(0.0, 1.0, len(self.nearest)))
-        return inside + np.minimum(similarity - low, 0) / unit + np.maximum(similarity - high, 0) / unit
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FittedSimilarityBand:
-    """`SimilarityBand` with its references. Scores:
-
-    - similarity: cosine to the nearest reference of the row's class; NaN where the class has none.
-    - similarity_position: see `SimilarityBand`; NaN where the class is not judged.
-    """
-
-    source: SimilarityBand
-    classes: Mapping[int, RealNeighbours] = field(repr=False)
-    fitted_on: str
-
-    @property
-    def off(self) -> dict[int, str]:
-        """Why a class is not judged, for the classes that are not: to be recorded and shown."""
-        return {label: item.off for label, item in self.classes.items() if item.off}
-
-    def score(self, batch: FilterBatch) -> dict[str, np.ndarray]:
-        """See the class."""
-        similarity = np.full(len(batch), np.nan, np.float32)
-        position = similarity.copy()
-        for label, item in self.classes.items():
-            chosen = np.flatnonzero(np.asarray(batch.labels) == label)
-            if chosen.size:
-                similarity[chosen] = (batch.embeddings[chosen] @ item.references.T).max(axis=1)
-                if not item.off:
-                    position[chosen] = item.position(similarity[chosen])
-        return {"similarity": similarity, "similarity_position": position}
-
-    def verdict(self, scores: Scores) -> list[RejectReason | None]:
-        """TOO_FAR_FROM_REAL below the band, TOO_SIMILAR_TO_REAL above it."""
-        position = _column(scores, "similarity_position")
-        return [
-            RejectReason.TOO_FAR_FROM_REAL
-            if value < self.source.lower
-            else RejectReason.TOO_SIMILAR_TO_REAL
-            if value > self.source.upper
-            else None
-            for value in position
-        ]

@@ -74,8 +74,11 @@ class GuidanceComponent(Protocol):
 class Guidance(Protocol):
     """Active for steps with start ≤ fraction < stop."""
 
-    start: float
-    stop: float
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def stop(self) -> float: ...
 
     def before_step(self, latents: Tensor, step: DenoisingStep) -> Tensor:
         """Latents (B, C, h, w) to denoise in this step."""

@@ -45,7 +45,7 @@ def frechet_distance(one: np.ndarray, two: np.ndarray) -> float:
 
 def _small(root: np.ndarray) -> np.ndarray:
     """A factor of Aᵀ A with at most D rows."""
-    return root if len(root) <= root.shape[1] else np.linalg.qr(root, mode="r")
+    return root if len(root) <= root.shape[1] else np.asarray(np.linalg.qr(root, mode="r"))
 
 
 def kernel_distance(one: np.ndarray, two: np.ndarray) -> float:
@@ -72,7 +72,9 @@ def kernel_distance(one: np.ndarray, two: np.ndarray) -> float:
 def _checked(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for x in (one, two):
         if x.ndim != 2 or len(x) < 2 or x.shape[1] != one.shape[1] or not np.isfinite(x).all():
-            raise ValueError(f"features: want finite (N ≥ 2, D) of one width, got {one.shape} and {two.shape}")
+            raise ValueError(
+                f"features: want finite (N ≥ 2, D) of one width, got {one.shape} and {two.shape}"
+            )
     return one.astype(np.float64), two.astype(np.float64)
 
 

@@ -198,7 +198,8 @@ class LoadedGenerator:
             class_labels = torch.where(labels < 0, conditioning.num_classes, labels).to(self.device)
         if conditioning.uses_inpaint and masks is not None and masked_latents is not None:
             inpaint = torch.cat(
-                [latent_masks(masks.to(self.device), self.latent_shape[1]), masked_latents.to(self.device)], dim=1
+                [latent_masks(masks.to(self.device), self.latent_shape[1]), masked_latents.to(self.device)],
+                dim=1,
             )
         return Conditions(
             prompt_embeds=prompt_embeds,

@@ -231,7 +231,7 @@ def widen_input(unet: UNet2DConditionModel, in_channels: int) -> None:
     old = unet.conv_in
     if old.in_channels == in_channels:
         return
-    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, padding=old.padding)  # type: ignore[arg-type]
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, padding=old.padding)
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, : old.in_channels] = old.weight
@@ -254,7 +254,9 @@ def add_placeholders(
         if not pieces:
             raise ValueError(f"placeholders: the word {word!r} of {token} has no tokens")
         if not tokenizer.add_tokens(token, special_tokens=True):
-            raise ValueError(f"placeholders: the base's tokenizer knows {token!r} already; choose another token")
+            raise ValueError(
+                f"placeholders: the base's tokenizer knows {token!r} already; choose another token"
+            )
         text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         table = text_encoder.get_input_embeddings().weight
         with torch.no_grad():

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from factory.curation.filters import FilterBatch, first_reasons
+from factory.curation.lesion_crops import embed_crops
 from factory.diffusion.sampling import Sampling
 from factory.embedding import ImageEmbedder
 from factory.generators.latent_diffusion import LatentDiffusion
@@ -280,7 +281,9 @@ class FinishStage:
         shape = (size, size, 3) if self.settings.colour else (size, size)
         images = [np.frombuffer(row["pixels"], np.uint8).reshape(shape) for row in made]
         masks = [
-            None if row["mask_pixels"] is None else np.frombuffer(row["mask_pixels"], np.uint8).reshape(size, size)
+            None
+            if row["mask_pixels"] is None
+            else np.frombuffer(row["mask_pixels"], np.uint8).reshape(size, size)
             for row in made
         ]
         embeddings = (
@@ -340,6 +343,7 @@ class FinishStage:
             masks=masks,
             labels=labels,
             embeddings=embeddings,
+            crop_embeddings=self._embed_crops(images, masks),
         )
         columns: dict[str, np.ndarray] = {}
         for item in self.settings.filters:
@@ -349,6 +353,12 @@ class FinishStage:
         failed = RejectReason.ANNOTATION_FAILED
         reasons = [failed if row["annotation_failed"] else reason for row, reason in zip(rows, reasons)]
         return scores, [None if reason is None else reason.value for reason in reasons]
+
+    def _embed_crops(self, images: list[np.ndarray], masks: list[np.ndarray | None]) -> np.ndarray | None:
+        """Embeddings of the lesion crops where a filter looks at them."""
+        if not any(getattr(item, "needs_crops", False) for item in self.settings.filters):
+            return None
+        return embed_crops(images, masks, self.embedder.embed, self.embedder.spec.dim)
 
     def _constants(self) -> dict[str, Any]:
         settings = self.settings

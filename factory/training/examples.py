@@ -7,6 +7,7 @@ has its own random generator, so how a batch is split over workers and micro-bat
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,12 +81,11 @@ class DiffusionBatch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "DiffusionBatch":
         names = ("latents", "noise", "timesteps", "prompts", "labels", "masks", "masked_latents")
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(
-            self,
-            **{name: change(value) for name, value in tensors.items()},
-            extras={name: change(value) for name, value in self.extras.items()},
-        )
+        changed: dict[str, Any] = {
+            name: change(getattr(self, name)) for name in names if getattr(self, name) is not None
+        }
+        extras = {name: change(value) for name, value in self.extras.items()}
+        return replace(self, **changed, extras=extras)
 
 
 class Examples:

@@ -10,7 +10,7 @@ what is missing is added.
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -215,7 +215,9 @@ def _append(uri: str, new: pa.Table) -> int:
     return before + len(new)
 
 
-def read_latents(uri: str, rows: Sequence[TrainingRow], variants: Sequence[Variant] = (Variant(),)) -> Latents:
+def read_latents(
+    uri: str, rows: Sequence[TrainingRow], variants: Sequence[Variant] = (Variant(),)
+) -> Latents:
     """Cached latents in the order of `rows`.
 
     Raises:

@@ -100,7 +100,9 @@ class DiffusionLearner:
             fused=on_cuda or None,
         )
         self._ddp = world.prepare(self._observed)
-        self._model: Callable[..., tuple[Tensor, dict[str, Any]]] = torch.compile(self._ddp) if settings.compile else self._ddp
+        self._model: Callable[..., tuple[Tensor, dict[str, Any]]] = (
+            torch.compile(self._ddp) if settings.compile else self._ddp
+        )
 
     def draw(self, shard: Shard) -> DiffusionBatch:
         """Inputs on the CPU; a pure function, safe to call in a thread."""
@@ -141,7 +143,9 @@ class DiffusionLearner:
         """Loss of each image, (b,): "loss" is the weighted sum; each objective also by name if there are several."""
         step, outputs = self._denoise(model, batch)
         terms = {name: bound.loss(step, outputs[name]) for name, bound in self._bound.items()}
-        losses = {"loss": torch.stack([self._weights[name] * term for name, term in terms.items()]).sum(dim=0)}
+        losses = {
+            "loss": torch.stack([self._weights[name] * term for name, term in terms.items()]).sum(dim=0)
+        }
         if len(terms) > 1:
             losses |= terms
         for name, bound in self._bound.items():

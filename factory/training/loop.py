@@ -8,18 +8,47 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from factory.training.checkpoints import checkpoint_steps, read_checkpoint, write_checkpoint
-from factory.training.learners import DiffusionLearner
 from factory.training.metrics import MetricsLog, Observer
-from factory.training.mixture import BatchSampler, global_batch
+from factory.training.mixture import BatchSampler, Shard, global_batch
 from factory.training.settings import TrainingSettings
 from factory.training.world import World
+
+
+class Learner(Protocol):
+    """What the loop knows of what learns: it owns its modules, optimizers and moving average."""
+
+    def draw(self, shard: Shard) -> Any:
+        """Inputs of a shard on the CPU; a pure function, called in a thread."""
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """One update; returns scalars on the device, "loss" among them."""
+
+    def validate(self) -> dict[str, float]:
+        """Held-out measures with the averaged weights; rank 0 only."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averaged weights are in place inside the block."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Parameters ("trainable") and averages ("ema") by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers and counters: tensors and plain values."""
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Restores `tensors()` and `state_dict()` exactly."""
+
+    def finish(self) -> None:
+        """Leaves the averaged weights in place, for saving."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +75,7 @@ class TrainingResult:
 
 
 def train(
-    learner: DiffusionLearner,
+    learner: Learner,
     sampler: BatchSampler,
     settings: TrainingSettings,
     out: Path,
@@ -59,7 +88,7 @@ def train(
     """Take steps until `settings.max_steps`, from the last checkpoint in `out` where there is one.
 
     Args:
-        learner: what learns; see `factory.training.learners`.
+        learner: what learns: a diffusion generator, a VAE, a mask GAN, a mask DDPM.
         sampler: rows of each step.
         settings: `batch_size` must be the sampler's.
         out: the run's folder; only rank 0 writes.
@@ -147,7 +176,7 @@ def train(
     )
 
 
-def resume(learner: DiffusionLearner, out: Path, device: str) -> tuple[int, "_Window"]:
+def resume(learner: Learner, out: Path, device: str) -> tuple[int, "_Window"]:
     """Load the last checkpoint in `out` into the learner: its step, and the means not reported yet.
 
     Step 0 where there is none.

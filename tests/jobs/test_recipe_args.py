@@ -35,12 +35,41 @@ def test_another_component_of_the_same_kind_is_chosen() -> None:
     assert parse_recipe("tiny", ["masks:real-masks"]).masks == RealMasks()
 
 
+def test_choices_and_options_may_stand_in_any_order() -> None:
+    options = ["--masks.shift", "0.1", "--sampling.num-inference-steps", "7"]
+    one = parse_recipe("tiny", ["masks:real-masks", *options])
+    assert one == parse_recipe("tiny", [*options, "masks:real-masks"])
+    assert one.masks == RealMasks(shift=0.1) and one.sampling.num_inference_steps == 7
+
+
+def test_choices_reach_into_tuples_and_nested_fields() -> None:
+    changed = parse_recipe("tiny", ["generator.conditioning:text-only", "filters.3:blank-image"])
+    assert type(changed.generator.conditioning).__name__ == "TextOnly"
+    assert [type(item).__name__ for item in changed.filters][3] == "BlankImage"
+    assert parse_recipe("didgen", ["annotator:none"]).annotator is None
+    same = parse_recipe("didgen", ["masks:real-masks"])
+    assert same == get_recipe("didgen"), "a component of that kind keeps its settings"
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("masks:real-mask", "did you mean 'real-masks'"),
+        ("generator.conditionin:text-only", "no field 'conditionin'"),
+        ("filters.9:blank-image", "want a number of 0 … 3"),
+        ("filters.first:blank-image", "want a number"),
+    ],
+)
+def test_a_wrong_choice_names_what_there_is(choice: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_recipe("tiny", [choice])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["--sampling.num-inference-stesp", "7"], "--sampling.num-inference-steps"),
         (["--sampling.num-inference-steps", "many"], "many"),
-        (["masks:no-such-masks"], "no-such-masks"),
     ],
 )
 def test_a_wrong_override_names_the_field(

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from factory.imaging import decode_png
 from factory.diffusion.guidance import DenoisingBatch
+from factory.imaging import decode_png
 from factory.recipes import RECIPES, Recipe
 from factory.storage import QuarantineLog, class_names, open_table
 from factory.synthesis.annotators import BoundRequestedMask, RequestedMask

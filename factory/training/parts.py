@@ -1,0 +1,379 @@
+"""Training what a recipe needs beside its generator: the VAE, the mask GAN, the mask DDPM.
+
+They run in the generator's loop, and leave in their folder, beside the learning curve and the exact state:
+
+    vae             vae/ (diffusers AutoencoderKL) and vae.json; used by `--generator.vae OUT`
+    mask_gan        model.safetensors and mask_model.json; used by `--masks.checkpoint OUT`
+    mask_diffusion  the same
+
+`check_run` and its neighbours take any task, a generator's too. No torch until a run begins.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from factory.generators.checkpoints import MANIFEST, digest_part
+from factory.generators.latent_diffusion import LatentDiffusion
+from factory.generators.mask_checkpoints import MASK_MANIFEST, WEIGHTS
+from factory.generators.mask_diffusion import DIFFUSION_KIND, MaskDDPM
+from factory.generators.mask_gan import GAN_KIND, MaskGAN
+from factory.generators.mask_training import MaskModelTraining
+from factory.imaging import TrainingRow, decode_rows
+from factory.training.run_identity import clear_run, read_identity, write_identity, write_json
+from factory.training.settings import TrainingSettings
+from factory.training.task import (
+    ROW_COLUMNS,
+    TrainingTask,
+    check_task,
+    choose_rows,
+    finished_step,
+    identity_of,
+)
+from factory.training.vae_stage import VAEStage
+from schemas.identity import canonical
+
+if TYPE_CHECKING:
+    from factory.training.loop import TrainingResult
+    from factory.training.metrics import Observer
+    from factory.training.world import World
+
+Part = Literal["generator", "vae", "mask_gan", "mask_diffusion"]
+PARTS: tuple[str, ...] = get_args(Part)
+VAE_MANIFEST = "vae.json"
+NUM_PREVIEWS = 8
+MAX_HELD_OUT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTask:
+    """What training one part is asked to do; picklable.
+
+    Attributes:
+        part: which.
+        recipe: name, recorded with the weights.
+        component: what is trained, with its settings.
+        generator: whose VAE is trained, at whose resolution; only read by the part "vae".
+        real, real_version: the real table and the version of it that is read.
+        out: the run's folder, absolute.
+    """
+
+    part: Part
+    recipe: str
+    component: VAEStage | MaskGAN | MaskDDPM
+    generator: LatentDiffusion
+    real: str
+    real_version: int
+    out: Path
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Optimisation."""
+        training = self.component.training
+        return training if isinstance(training, TrainingSettings) else as_settings(training)
+
+    @property
+    def resolution(self) -> int:
+        """Side of what is trained on, px."""
+        return (
+            self.generator.resolution if isinstance(self.component, VAEStage) else self.component.resolution
+        )
+
+    @property
+    def manifest(self) -> Path:
+        """The file that says the run is finished."""
+        return self.out / (VAE_MANIFEST if self.part == "vae" else MASK_MANIFEST)
+
+
+def as_settings(training: MaskModelTraining) -> TrainingSettings:
+    values = {item.name: getattr(training, item.name) for item in fields(training)}
+    return TrainingSettings(**values, weight_decay=0.0, prompt_dropout=0.0, mixed_precision="no")
+
+
+# ------------------------------------------------------------------------------------------ before the run
+
+
+def check_run(task: TrainingTask | PartTask, num_workers: int) -> None:
+    """Everything that can be known to fail, before any model is loaded.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: naming the field, table or folder and what to do.
+    """
+    if isinstance(task, TrainingTask):
+        check_task(task, num_workers)
+        return
+    if task.part == "mask_gan" and num_workers > 0:
+        raise ValueError(
+            f"--num-workers {num_workers}: the mask GAN trains in one process, since its curvature loss looks at the "
+            "whole batch; leave --num-workers out (one GPU is ample for it)"
+        )
+    task.settings.check_world_size(num_workers)
+    _check_table(task)
+    if task.part == "vae":
+        _check_vae(task)
+    _check_out(task.out)
+
+
+def _check_vae(task: PartTask) -> None:
+    import json
+
+    folder = task.generator.base_folder()
+    digest_part(folder, "vae")
+    levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
+    if task.resolution % 2 ** (levels - 1):
+        raise ValueError(
+            f"generator.resolution: {task.resolution} px, but the VAE of {task.generator.base} needs a multiple of "
+            f"{2 ** (levels - 1)}"
+        )
+
+
+def _check_table(task: PartTask) -> None:
+    from factory.storage import open_table
+
+    table = open_table(task.real, version=task.real_version)
+    missing = [name for name in (*ROW_COLUMNS, "split") if name not in table.schema.names]
+    if missing:
+        raise ValueError(
+            f"--real {task.real}: no column {', '.join(missing)}; `factory prepare` makes such tables"
+        )
+    if not table.count("split = 'train'"):
+        raise ValueError(
+            f"--real {task.real}: no row in split 'train'; prepare it with a training share above 0"
+        )
+    if task.part != "vae" and not table.count("split = 'train' AND mask IS NOT NULL"):
+        raise ValueError(
+            f"--real {task.real}: no training row has a mask, so there is nothing for a mask model to learn; use a dataset "
+            "with masks, or a recipe that takes none (`factory recipes`)"
+        )
+
+
+def _check_out(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot make this folder ({error.strerror})") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: not writable")
+    foreign = sorted(path.name for path in out.iterdir() if path.name != ".ray")
+    if foreign and not (out / "training.json").exists():
+        raise ValueError(f"--out {out}: holds other files ({foreign[0]}, …); choose an empty or a new folder")
+
+
+def identity_of_run(task: TrainingTask | PartTask) -> dict[str, Any]:
+    """What fixes the trained weights, as plain data. `max_steps` is left out: asking for more goes on."""
+    if isinstance(task, TrainingTask):
+        return identity_of(task)
+    from factory.storage import open_table, real_digest
+
+    training = canonical(task.component.training)
+    del training["max_steps"]
+    component = {name: value for name, value in canonical(task.component).items() if name != "training"}
+    identity = {
+        "part": task.part,
+        "recipe": task.recipe,
+        "component": component,
+        "training": training,
+        "resolution": task.resolution,
+        "real": real_digest(open_table(task.real, version=task.real_version)),
+    }
+    if task.part == "vae":
+        identity["vae"] = digest_part(task.generator.base_folder(), "vae")
+    return identity
+
+
+def finished_step_of(task: TrainingTask | PartTask) -> int | None:
+    """Up to which step the run in `task.out` is finished and saved; None where it is not."""
+    if isinstance(task, TrainingTask):
+        return finished_step(task)
+    record = read_identity(task.out)
+    return None if record is None or not task.manifest.is_file() else record.get("finished_step")
+
+
+def clear_any_run(out: Path) -> None:
+    """Delete what a run of any part wrote below `out`, and nothing else; nothing where no run is recorded there."""
+    if not (out / "training.json").exists() and not (out / MANIFEST).exists():
+        return
+    clear_run(out)
+    if (out / "vae").is_dir():
+        shutil.rmtree(out / "vae")
+    for name in (VAE_MANIFEST, MASK_MANIFEST, WEIGHTS):
+        (out / name).unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def train_run(
+    task: TrainingTask | PartTask,
+    identity: Mapping[str, Any],
+    world: "World",
+    observer: "Observer | None" = None,
+) -> "TrainingResult":
+    """Train, or go on training, and leave the weights in `task.out`. Every process of the world calls this.
+
+    Raises:
+        ValueError: as `loop.train`, or the training rows hold no lesion.
+    """
+    if isinstance(task, TrainingTask):
+        from factory.training.run import train_generator
+
+        return train_generator(task, identity, world, observer)
+    from factory.training.loop import train
+    from factory.training.mixture import BatchSampler
+
+    settings = task.settings
+    rows, held_out = _rows(task, "train"), choose_rows(_rows(task, "val"), MAX_HELD_OUT)
+    if settings.max_rows is not None:
+        rows = sorted(choose_rows(rows, settings.max_rows), key=lambda row: row.image_id)
+    classes = _lesion_classes(task, rows)
+    learner, num_rows, num_held_out = _make_learner(task, rows, held_out, classes, world)
+    if world.rank == 0:
+        write_identity(task.out, identity, finished_step=None)
+    result = train(
+        learner,
+        BatchSampler(num_rows=num_rows, batch_size=settings.batch_size, seed=settings.seed),
+        settings,
+        task.out,
+        world=world,
+        observer=observer,
+        preview=(lambda path: _write_pairs(path, *learner.previews(NUM_PREVIEWS))) if num_held_out else None,
+    )
+    if world.rank == 0:
+        learner.finish()
+        _save(task, learner, identity, classes, result.steps)
+        write_identity(task.out, identity, finished_step=result.steps)
+    world.barrier()
+    return result
+
+
+def _rows(task: PartTask, split: str) -> list[TrainingRow]:
+    """Decoded rows of a split at the part's resolution, in the order of image_id."""
+    from factory.storage import real_rows
+
+    table = real_rows(task.real, splits=(split,), columns=ROW_COLUMNS, version=task.real_version)
+    rows = decode_rows(table.sort_by("image_id"), task.resolution)
+    if task.part == "vae":
+        return rows
+    return [row for row in rows if row.mask is not None and row.mask.any()]
+
+
+def _lesion_classes(task: PartTask, rows: Sequence[TrainingRow]) -> tuple[str, ...]:
+    """Names of the classes with lesions, in the table's order; none for the VAE."""
+    from factory.storage import class_names, open_table
+
+    if task.part == "vae":
+        return ()
+    found = {row.label_name for row in rows}
+    names = class_names(open_table(task.real, version=task.real_version))
+    classes = tuple(name for name in names if name in found)
+    if not classes:
+        raise ValueError(f"--real {task.real}: no training row has a lesion in its mask")
+    return classes
+
+
+def _make_learner(
+    task: PartTask,
+    rows: Sequence[TrainingRow],
+    held_out: Sequence[TrainingRow],
+    classes: tuple[str, ...],
+    world: "World",
+) -> tuple[Any, int, int]:
+    """The learner with fresh weights, and the numbers of its training and held-out rows."""
+    import torch
+
+    from schemas.identity import torch_seed
+
+    torch.manual_seed(torch_seed(f"training/{task.settings.seed}", "init") % 2**31)
+    if isinstance(task.component, VAEStage):
+        from factory.training.vae_learner import VAELearner, load_vae
+
+        vae_learner = VAELearner(
+            vae=load_vae(task.generator.base_folder()),
+            rows=rows,
+            kl_weight=task.component.kl_weight,
+            settings=task.settings,
+            world=world,
+            held_out=held_out,
+        )
+        return vae_learner, len(rows), len(held_out)
+    from factory.training.mask_batches import lesions_of
+    from factory.training.mask_learners import MaskDDPMLearner, MaskGANLearner
+
+    lesions = lesions_of(rows, classes)
+    others = lesions_of([row for row in held_out if row.label_name in classes], classes)
+    learner: Any
+    if isinstance(task.component, MaskGAN):
+        learner = MaskGANLearner(
+            model=task.component,
+            lesions=lesions,
+            held_out=others,
+            settings=task.settings,
+            world=world,
+            networks=task.component.networks(len(classes)),
+        )
+    else:
+        learner = MaskDDPMLearner(
+            denoiser=task.component.network(len(classes)),
+            lesions=lesions,
+            held_out=others,
+            settings=task.settings,
+            world=world,
+        )
+    return learner, len(lesions.masks), len(others.masks)
+
+
+def _save(
+    task: PartTask, learner: Any, identity: Mapping[str, Any], classes: tuple[str, ...], steps: int
+) -> None:
+    """Averaged weights and a manifest that appears last."""
+    record = {
+        "recipe": task.recipe,
+        "steps": steps,
+        "training": identity["training"],
+        "real": identity["real"],
+    }
+    if task.part == "vae":
+        partial = task.out / "vae.partial"
+        learner.vae.save_pretrained(partial, safe_serialization=True)
+        if (task.out / "vae").exists():
+            shutil.rmtree(task.out / "vae")
+        partial.rename(task.out / "vae")
+        record |= {"component": identity["component"], "built_on": {"vae": identity["vae"]}}
+        write_json(task.manifest, record)
+    else:
+        save_mask_model(task.out, task.component, learner.network, classes, record)
+
+
+def save_mask_model(
+    out: Path, model: Any, network: Any, classes: Sequence[str], record: Mapping[str, Any]
+) -> None:
+    """A mask model's folder, as its source reads it: weights, written whole or not at all, then the manifest.
+
+    Args:
+        out: the folder.
+        model: `MaskGAN` or `MaskDDPM`.
+        network: the trained module that draws masks.
+        classes: names of the classes with lesions, in the order of the network's class numbers.
+        record: what else the manifest says.
+    """
+    from safetensors.torch import save_file
+
+    partial = out / f"{WEIGHTS}.partial"
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, partial)
+    partial.replace(out / WEIGHTS)
+    kind = GAN_KIND if isinstance(model, MaskGAN) else DIFFUSION_KIND
+    manifest = {**record, "kind": kind, "model": canonical(model), "classes": list(classes)}
+    write_json(out / MASK_MANIFEST, manifest)
+
+
+def _write_pairs(path: Path, real: Any, drawn: Any) -> None:
+    """A PNG of two lines: held-out above, drawn below."""
+    import numpy as np
+    from PIL import Image
+
+    lines = [np.concatenate(list(images), axis=1) for images in (real, drawn)]
+    Image.fromarray(np.concatenate(lines, axis=0)).save(path)
