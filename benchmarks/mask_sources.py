@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--ddpm-steps", type=int, default=3000)
     parser.add_argument("--ddpm-batch-size", type=int, default=32)
     parser.add_argument("--ddpm-inference-steps", type=int, default=50)
+    parser.add_argument("--max-tries", type=int, default=20, help="draws per mask of the models")
     parser.add_argument("--num-masks", type=int, default=200, help="per class and source")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-threads", type=int, default=1)
@@ -227,6 +228,8 @@ def main() -> None:
     results["real_held_out"] = {"classes": compare(others, real)}  # type: ignore[arg-type]
     results["deformed_ellipse"] = source_report(DeformedEllipse(), training, real, args.num_masks)
     print(json.dumps(results, indent=2), flush=True)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"width": "busi", "folder": args.folder.name}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in _models(args).items():
             out = Path(folder) / name
@@ -238,15 +241,14 @@ def main() -> None:
             ]
             trained = train_model(model, parts[0], parts[1], out, args.device)
             source = (
-                CurvatureGAN(model=model, checkpoint=str(out))
+                CurvatureGAN(model=model, checkpoint=str(out), max_tries=args.max_tries)
                 if isinstance(model, MaskGAN)
-                else MaskDiffusion(model=model, checkpoint=str(out))
+                else MaskDiffusion(model=model, checkpoint=str(out), max_tries=args.max_tries)
             )
             results[name] = {"training": trained, **source_report(source, training, real, args.num_masks)}
             print(name, json.dumps(results[name], indent=2), flush=True)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings |= {"width": "busi", "folder": args.folder.name}
-    print(f"wrote {save('mask_sources', settings, results, args.device)}")
+            path = save("mask_sources", settings, results, args.device)
+    print(f"wrote {path}")
 
 
 def _models(args: argparse.Namespace) -> dict[str, Any]:

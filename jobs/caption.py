@@ -98,7 +98,7 @@ def run(args: Args) -> CaptionSummary:
     """
     started = time.perf_counter()
     _check(args)
-    compose, fits = _limits(args)
+    fits = _limits(args)
     if args.expand is not None:
         uri, captions, shortened = _expand(args, fits)
     else:
@@ -124,7 +124,9 @@ def _check(args: Args) -> None:
             raise ValueError("--captions and --language-model go with --expand N")
     else:
         if args.captions is None or args.real is not None or args.out is not None:
-            raise ValueError("--expand: give the table as --captions; --real and --out are for captioning images")
+            raise ValueError(
+                "--expand: give the table as --captions; --real and --out are for captioning images"
+            )
         if args.expand < 1:
             raise ValueError(f"--expand {args.expand}: want at least 1")
     if not 0.0 <= args.max_failed < 1.0:
@@ -133,8 +135,8 @@ def _check(args: Args) -> None:
         raise ValueError(f"--batch-size {args.batch_size}, --num-workers {args.num_workers}: want at least 1")
 
 
-def _limits(args: Args) -> tuple[Callable[[str], str], Callable[[str], bool]]:
-    """The prompt of a caption, and whether the recipe's text encoder has room for it."""
+def _limits(args: Args) -> Callable[[str], bool]:
+    """Whether the recipe's text encoder has room for a caption behind the prefix."""
     from factory.captions.budget import TokenBudget
     from factory.sources.captions import CaptionTable
 
@@ -152,7 +154,7 @@ def _limits(args: Args) -> tuple[Callable[[str], str], Callable[[str], bool]]:
             f"--prompts.prefix {recipe.prompts.prefix!r}: {budget.count(recipe.prompts.compose(''))} tokens, but the text "
             f"encoder takes {budget.limit}"
         )
-    return recipe.prompts.compose, fits
+    return fits
 
 
 def _caption(args: Args, fits: Callable[[str], bool]) -> tuple[str, list["Caption"], int]:
@@ -353,7 +355,9 @@ def _expand(args: Args, fits: Callable[[str], bool]) -> tuple[str, list["Caption
     counts = Counter(caption.label_name for caption in made)
     for label in classes:
         if counts[label] < args.expand:
-            print(f"note: {label}: {counts[label]} of {args.expand} new captions; there are no more combinations to give")
+            print(
+                f"note: {label}: {counts[label]} of {args.expand} new captions; there are no more combinations to give"
+            )
     if not made:
         raise ValueError("--expand: no new caption could be made; lower --min-shared, or caption more images")
     return args.captions, old + made, 0

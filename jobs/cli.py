@@ -36,7 +36,7 @@ VERBS = {
     "prepare": Verb(module="jobs.prepare", about="read, verify, split and embed a real dataset into a table"),
     "recipes": Verb(module="jobs.recipes", about="list the recipes, or show one in full"),
     "caption": Verb(
-        module="jobs.caption", about="describe real images in words, or write new prompts from these", resumes=True
+        module="jobs.caption", about="describe real images in words, or write new prompts from these"
     ),
     "train": Verb(
         module="jobs.train", about="train a recipe's generator, autoencoder or mask model", resumes=True

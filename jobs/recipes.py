@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from factory.recipes import RECIPES, Recipe
+from factory.sources.backgrounds import RealNormals
 from jobs.recipe_args import parse_recipe
 
 
@@ -41,25 +42,37 @@ def _availability(base: str) -> str:
     return "in the hub cache" if cached else "not on this machine (downloaded from the hub on first use)"
 
 
+MADE_BY = {
+    "CurvatureGAN": "factory train --part mask_gan",
+    "MaskDiffusion": "factory train --part mask_diffusion",
+    "CaptionTable": "factory caption",
+    "HealedLesions": "factory heal",
+}
+"""Which command makes what a source reads."""
+
+
 def needs_of(recipe: Recipe) -> Iterator[str]:
     """What a recipe must be given before it can synthesize, and whether that is there."""
     generator = recipe.generator
     yield f"base {generator.base}: {_availability(generator.base)}"
-    conditioning = generator.conditioning
-    if "masks" in {need for item in recipe.objectives for need in item.needs} or conditioning.uses_mask:
+    needs = {need for item in recipe.objectives for need in item.needs}
+    if "masks" in needs or generator.conditioning.uses_mask or generator.conditioning.uses_inpaint:
         yield "real table with masks"
+    if isinstance(recipe.backgrounds, RealNormals):
+        yield "images without a lesion, or backgrounds:healed-lesions (factory heal)"
     for name in ("masks", "prompts", "backgrounds"):
         source = getattr(recipe, name)
-        if not hasattr(source, "weights"):
+        kind = type(source).__name__
+        if kind not in MADE_BY:
             continue
         try:
             source.weights()
-        except (FileNotFoundError, ValueError) as error:
-            yield f"{name}: {error}"
+        except FileNotFoundError:
+            yield f"{name} {kind}: absent, made by `{MADE_BY[kind]}`"
         else:
-            yield f"{name}: present"
-    if "sketches" in {need for item in recipe.objectives for need in item.needs}:
-        yield "sketches: drawn on first use and kept beside the real table"
+            yield f"{name} {kind}: present"
+    if "sketches" in needs:
+        yield "sketches: drawn on first use, kept beside the real table"
 
 
 def trains(recipe: Recipe) -> str:
@@ -92,10 +105,15 @@ def command(argv: Sequence[str]) -> int:
     for heading in ("recipe", "what", "paper", "conditioning", "trains", "needs"):
         table.add_column(heading, no_wrap=heading == "recipe")
     for name, make in RECIPES.items():
+        if name.endswith("_tiny"):
+            continue
         recipe = make()
         conditioning = type(recipe.generator.conditioning).__name__
-        table.add_row(
-            name, recipe.summary, recipe.paper, conditioning, trains(recipe), "\n".join(needs_of(recipe))
-        )
-    Console().print(table)
+        paper = recipe.paper.partition(",")[0]
+        table.add_row(name, recipe.summary, paper, conditioning, trains(recipe), "\n".join(needs_of(recipe)))
+    console = Console()
+    console.print(table)
+    small = ", ".join(name for name in RECIPES if name.endswith("_tiny"))
+    console.print(f"To try a method on a CPU, on the shipped base at 128 px: {small}")
+    console.print("All fields of one: factory recipes show NAME. What each is for: docs/methods.md")
     return 0

@@ -137,7 +137,9 @@ def _light_words(
             found["border"] = "sharp" if step / contrast > 0.4 else "blurred"
     smoothed = ndimage.gaussian_filter(lightness, 1.0)
     spread = float(smoothed[far_in if far_in.any() else mask].std())
-    found["texture"] = "homogeneous" if spread < 3.5 else "slightly varied" if spread < 7.0 else "heterogeneous"
+    found["texture"] = (
+        "homogeneous" if spread < 3.5 else "slightly varied" if spread < 7.0 else "heterogeneous"
+    )
     return found
 
 

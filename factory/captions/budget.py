@@ -21,7 +21,9 @@ class TokenBudget:
 
         config = base / "text_encoder" / "config.json"
         if not config.is_file() or not (base / "tokenizer").is_dir():
-            raise FileNotFoundError(f"{base}: no tokenizer/ and text_encoder/config.json; give a base in diffusers format")
+            raise FileNotFoundError(
+                f"{base}: no tokenizer/ and text_encoder/config.json; give a base in diffusers format"
+            )
         self._tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
         if added:
             self._tokenizer.add_tokens(list(added))

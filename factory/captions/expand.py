@@ -64,9 +64,7 @@ def _values(caption: Caption) -> dict[str, str]:
     return {name: value for name, value in caption.attributes.items() if name in IMPORTANCE}
 
 
-def _mix(
-    one: Caption, other: Caption, min_shared: int, draw: Callable[[], float]
-) -> dict[str, str] | None:
+def _mix(one: Caption, other: Caption, min_shared: int, draw: Callable[[], float]) -> dict[str, str] | None:
     """Attributes of both rows, each from one of them; None where they share too few."""
     a, b = _values(one), _values(other)
     shared = sum(1 for name in a if name != "diagnosis" and b.get(name) == a[name])

@@ -31,7 +31,9 @@ def check_model(name: str) -> None:
     if Path(name).expanduser().is_dir():
         return
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name}: no such folder; give a local transformers folder or a hub id (owner/name)")
+        raise FileNotFoundError(
+            f"{name}: no such folder; give a local transformers folder or a hub id (owner/name)"
+        )
 
 
 def _where(name: str) -> tuple[str, dict[str, Any]]:

@@ -86,7 +86,9 @@ def read_captions(uri: str) -> list[Caption]:
 
     table = open_table(uri)
     if not set(CAPTION_SCHEMA.names) <= set(table.schema.names):
-        raise ValueError(f"{uri} is not a table of captions; `factory caption --real REAL --out {uri}` makes one")
+        raise ValueError(
+            f"{uri} is not a table of captions; `factory caption --real REAL --out {uri}` makes one"
+        )
     rows = table.read(CAPTION_SCHEMA.names).to_pylist()
     return [Caption(**{**row, "attributes": dict(row["attributes"] or ())}) for row in rows]
 

@@ -17,7 +17,9 @@ def write_caption(attributes: Mapping[str, str], *, name_class: bool = True) -> 
     """
     get = attributes.get
     diagnosis = get("diagnosis") if name_class else None
-    has_lesion = any(name in attributes for name in ("size", "shape", "colour", "brightness", "border", "texture"))
+    has_lesion = any(
+        name in attributes for name in ("size", "shape", "colour", "brightness", "border", "texture")
+    )
     adjectives = [get(name) for name in ("size", "shape", "colour")] + [diagnosis]
     noun = " ".join(word for word in (*adjectives, "lesion") if word)
     if not has_lesion and "position" not in attributes:
@@ -52,14 +54,20 @@ def shorten(
     Raises:
         ValueError: not even one attribute fits.
     """
-    kept = {name: attributes[name] for name in IMPORTANCE if name in attributes and (name_class or name != "diagnosis")}
+    kept = {
+        name: attributes[name]
+        for name in IMPORTANCE
+        if name in attributes and (name_class or name != "diagnosis")
+    }
     total = len(kept)
     while True:
         caption = write_caption(kept, name_class=name_class)
         if fits(caption):
             return caption, total - len(kept)
         if len(kept) <= 1:
-            raise ValueError(f"caption: the text encoder has no room for even {caption!r}; use a shorter prefix")
+            raise ValueError(
+                f"caption: the text encoder has no room for even {caption!r}; use a shorter prefix"
+            )
         kept.popitem()
 
 

@@ -71,7 +71,9 @@ def skin_sample(size: int, seed: int, index: int) -> SkinSample:
     softness = size * (0.035 if border == "blurred" else 0.008)
     opacity = 1.0 / (1.0 + np.exp(-level / softness))
     spots = smooth_field((size, size), (size / 24, size / 24), rng)
-    pigment = np.array(PIGMENTS[colour], np.float32) * (1.0 + (0.18 if malignant else 0.06) * spots[..., None])
+    pigment = np.array(PIGMENTS[colour], np.float32) * (
+        1.0 + (0.18 if malignant else 0.06) * spots[..., None]
+    )
     pixels += opacity[..., None] * (pigment - pixels)
     has_hair = bool(rng.random() < 0.4)
     if has_hair:
@@ -81,7 +83,12 @@ def skin_sample(size: int, seed: int, index: int) -> SkinSample:
         image=pixels.clip(0, 255).round().astype(np.uint8),
         mask=geometry.largest_component(mask),
         label_name=label,
-        attributes={"skin": skin_name, "colour": colour, "border": border, "hair": "yes" if has_hair else "no"},
+        attributes={
+            "skin": skin_name,
+            "colour": colour,
+            "border": border,
+            "hair": "yes" if has_hair else "no",
+        },
     )
 
 

@@ -23,7 +23,7 @@ def attention_sides(unet: nn.Module, latent_side: int) -> dict[str, int]:
     side = latent_side
 
     def note(prefix: str, block: nn.Module) -> None:
-        for name, module in block.named_modules():
+        for name, _ in block.named_modules():
             if name.endswith((".attn1", ".attn2")):
                 sides[f"{prefix}.{name}"] = side
 

@@ -30,7 +30,7 @@ def curvature(masks: Tensor, *, operator: CurvatureOperator = "scale_normalised"
 
     Returns:
         Float (B,); 0 for an empty mask. On hard masks as `factory.geometry.curvature`: "sobel" to rounding,
-        "scale_normalised" within 4 % (that one resamples the shape instead of scaling the blur).
+        "scale_normalised" within 5 % (that one resamples the shape instead of scaling the blur).
 
     Source: Pan et al. 2025, Medical Image Analysis, Eq. 10; deviates: the default is scale-normalised, weighted by
     |∇M| instead of summed over a boundary set (which has no gradient), and ε stands inside of the root, large enough

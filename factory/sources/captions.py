@@ -46,7 +46,9 @@ class CaptionTable:
 
     def __post_init__(self) -> None:
         if not self.prefix.strip():
-            raise ValueError("CaptionTable.prefix: want a text, for example 'An image of <lesion> on <skin>.'")
+            raise ValueError(
+                "CaptionTable.prefix: want a text, for example 'An image of <lesion> on <skin>.'"
+            )
         if not 0.0 <= self.prefix_only <= 1.0:
             raise ValueError(f"CaptionTable.prefix_only={self.prefix_only}: want 0 … 1")
         if self.neighbours < 0:
@@ -65,7 +67,14 @@ class CaptionTable:
             FileNotFoundError: there is no table.
         """
         lines = sorted(
-            (row["kind"], row["image_id"], row["label_name"], row["split"], row["caption"], str(sorted(row["attributes"])))
+            (
+                row["kind"],
+                row["image_id"],
+                row["label_name"],
+                row["split"],
+                row["caption"],
+                str(sorted(row["attributes"])),
+            )
             for row in self._read()
         )
         return {"captions": hash_parts("captions", *(part for line in lines for part in line))}

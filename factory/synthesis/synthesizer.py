@@ -145,6 +145,12 @@ class Synthesizer:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: want at least 1")
+        readers = [type(item).__name__ for item in (*guidances, annotator) if hasattr(item, "words")]
+        if compile and readers:
+            raise ValueError(
+                f"compile: {', '.join(readers)} look into attention layers, which a compiled denoiser hides; "
+                "leave --compile out"
+            )
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.batch_size = batch_size
@@ -153,6 +159,7 @@ class Synthesizer:
         self._pads = compile
         self._loaded = generator.load(checkpoint, device=device, dtype=dtype, adapters=adapters)
         self._loaded.merge_adapters()
+        self._loaded.denoiser().requires_grad_(False)  # guidances take gradients of latents alone
         self.resolution, self.latent_shape = self._loaded.resolution, self._loaded.latent_shape
         self._device = torch.device(device)
         self._conditioning = generator.conditioning

@@ -74,6 +74,11 @@ def adapted(generator: LatentDiffusion, lora_rank: int) -> LatentDiffusion:
     return replace(generator, trainable=trainable)
 
 
+def _prompt_tables(task: TrainingTask) -> dict[str, str]:
+    """Digests of the tables that the prompts are read from; FileNotFoundError where one is missing."""
+    return dict(getattr(task.prompts, "weights", dict)())
+
+
 def finished_step(task: TrainingTask) -> int | None:
     """Up to which step the run in `task.out` is finished and saved; None where it is not."""
     record = read_identity(task.out)
@@ -93,6 +98,7 @@ def identity_of(task: TrainingTask) -> dict[str, Any]:
         "objectives": canonical(task.objectives),
         "training": settings,
         "prompts": canonical(task.prompts),
+        "prompt_tables": _prompt_tables(task),
         **task.generator.ground(),
         "adapt_from": digest_parts(task.adapt_from) if task.adapt_from else None,
         "real": real_digest(table),
@@ -106,6 +112,7 @@ def check_task(task: TrainingTask, num_workers: int) -> None:
         ValueError, FileNotFoundError, PermissionError: naming the field, table or folder and what to do.
     """
     task.settings.check_world_size(num_workers)
+    _prompt_tables(task)
     _check_rows(task)
     task.generator.weights()
     _check_base(task.generator)

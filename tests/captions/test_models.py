@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import write_language_model, write_vlm
+from tiny_transformers import write_language_model, write_vlm
 
 from factory.captions.models import LanguageModelWriter, VisionLanguageCaptioner, _answer, check_model
 
@@ -24,7 +24,9 @@ def images() -> list[np.ndarray]:
     ]
 
 
-def test_captions_do_not_depend_on_the_batch_and_do_not_echo_the_question(vlm: VisionLanguageCaptioner) -> None:
+def test_captions_do_not_depend_on_the_batch_and_do_not_echo_the_question(
+    vlm: VisionLanguageCaptioner,
+) -> None:
     together = vlm.caption(images())
     assert [answer.error for answer in together] == [None] * 3
     assert [vlm.caption([image])[0] for image in images()] == together

@@ -38,7 +38,9 @@ def test_the_least_important_attribute_goes_first() -> None:
     for limit in range(3, 20):
         text, left_out = shorten(FULL, words_up_to(limit))
         assert words_up_to(limit)(text)
-        kept = [name for name in IMPORTANCE if name in FULL][: len([n for n in FULL if n in IMPORTANCE]) - left_out]
+        kept = [name for name in IMPORTANCE if name in FULL][
+            : len([n for n in FULL if n in IMPORTANCE]) - left_out
+        ]
         assert text == write_caption({name: FULL[name] for name in kept})
     assert shorten(FULL, words_up_to(100))[1] == 0
     with pytest.raises(ValueError, match="no room"):

@@ -1,6 +1,7 @@
 """SimilarityBand on lesion crops: the lesion is judged, not the background around it."""
 
 import dataclasses
+import itertools
 import pickle
 from collections.abc import Sequence
 
@@ -113,7 +114,7 @@ def test_a_copied_lesion_is_too_similar_whatever_its_background(rows: list[Train
     fitted = fit(rows)
     references = {vector.tobytes() for item in fitted.classes.values() for vector in item.references}
     copies = []
-    for row, other in zip(rows, rows[1:]):
+    for row, other in itertools.pairwise(rows):
         crop = embed_crops([row.image], [row.mask], thumbnails, 64)[0]
         if crop.tobytes() not in references:
             continue

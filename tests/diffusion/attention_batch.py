@@ -44,7 +44,10 @@ def disk_masks(count: int, resolution: int = 32) -> Tensor:
 
 
 def make_batch(
-    unet: UNet2DConditionModel, count: int, masks: Tensor | None = None, num_tokens: Sequence[int] | None = None
+    unet: UNet2DConditionModel,
+    count: int,
+    masks: Tensor | None = None,
+    num_tokens: Sequence[int] | None = None,
 ) -> DenoisingBatch:
     rng = torch.Generator().manual_seed(3)
     embeds = torch.randn((8, NUM_TOKENS, WIDTH), generator=rng)[:count]

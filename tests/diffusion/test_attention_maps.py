@@ -64,7 +64,9 @@ def test_the_record_reads_the_last_step_only() -> None:
     unet = make_unet()
     calls: list[int] = []
     unet.register_forward_hook(lambda *_: calls.append(1))
-    record = AttentionRecord(make_batch(unet, 2), "<lesion>", cross_side=4, self_side=8, power=4, form="matrix")
+    record = AttentionRecord(
+        make_batch(unet, 2), "<lesion>", cross_side=4, self_side=8, power=4, form="matrix"
+    )
     latents = make_latents(2)
     for index in range(9):
         assert record.before_step(latents, make_step(index)) is latents
@@ -75,7 +77,10 @@ def test_the_record_reads_the_last_step_only() -> None:
     assert len(calls) == 1
     maps = record.maps()
     assert maps.shape == (2, 32, 32) and maps.dtype == torch.uint8
-    assert maps.flatten(1).amax(dim=1).tolist() == [255, 255] and maps.flatten(1).amin(dim=1).tolist() == [0, 0]
+    assert maps.flatten(1).amax(dim=1).tolist() == [255, 255] and maps.flatten(1).amin(dim=1).tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_the_record_refuses_a_missing_word_and_a_missing_side() -> None:

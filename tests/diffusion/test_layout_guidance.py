@@ -94,9 +94,7 @@ def test_cross_loss_forms_against_their_formulas() -> None:
     maps = torch.rand((1, 2, 16), generator=torch.Generator().manual_seed(2))
     regions = (torch.arange(16) < 5).float().repeat(1, 2, 1)
     regions[0, 1] = 1 - regions[0, 1]
-    contrast = [
-        (1 - m[r > 0].mean()) + m[r == 0].mean() for m, r in zip(maps[0], regions[0], strict=True)
-    ]
+    contrast = [(1 - m[r > 0].mean()) + m[r == 0].mean() for m, r in zip(maps[0], regions[0], strict=True)]
     assert cross_loss(maps, regions, "contrast").item() == pytest.approx(float(sum(contrast)) / 2, rel=1e-5)
     squares = [((m - r) ** 2).sum() for m, r in zip(maps[0], regions[0], strict=True)]
     assert cross_loss(maps, regions, "paper").item() == pytest.approx(0.5 * float(sum(squares)), rel=1e-5)
@@ -142,7 +140,9 @@ def test_batch_size_does_not_change_an_image(unet: nn.Module) -> None:
     for i in (0, 5):
         alone = dataclasses.replace(
             eight,
-            conditions=dataclasses.replace(eight.conditions, prompt_embeds=eight.conditions.prompt_embeds[i : i + 1]),
+            conditions=dataclasses.replace(
+                eight.conditions, prompt_embeds=eight.conditions.prompt_embeds[i : i + 1]
+            ),
             prompts=eight.prompts[i : i + 1],
             token_positions=lambda word: eight.token_positions(word)[:1],
             num_tokens=eight.num_tokens[i : i + 1],

@@ -96,15 +96,22 @@ def test_a_widened_input_changes_nothing_until_it_is_trained(
     conditions = loaded.conditions(embeds, masks=masks(), masked_latents=hidden)
     assert conditions.inpaint is not None
     channels, *side = loaded.latent_shape
-    assert conditions.inpaint.shape == (2, 1 + channels, *side) and loaded.unet.config.in_channels == 2 * channels + 1
-    assert conditions.inpaint[0, 0].sum() == 3 * 6  # rows 20-40 touch cells 2, 3, 4; columns 10-50 cells 1 … 6
+    assert (
+        conditions.inpaint.shape == (2, 1 + channels, *side)
+        and loaded.unet.config.in_channels == 2 * channels + 1
+    )
+    assert (
+        conditions.inpaint[0, 0].sum() == 3 * 6
+    )  # rows 20-40 touch cells 2, 3, 4; columns 10-50 cells 1 … 6
     torch.testing.assert_close(predict(loaded, conditions), expected, rtol=0, atol=0)
     disturb(loaded, size=0.1)
     trained = predict(loaded, conditions)
     without = replace(conditions, inpaint=torch.zeros_like(conditions.inpaint))
     assert (predict(loaded, without) - trained).abs().max() > 1e-3
     loaded.save(tmp_path / "checkpoint", {"name": "inpaint"})
-    torch.testing.assert_close(predict(generator.load(tmp_path / "checkpoint"), conditions), trained, rtol=0, atol=0)
+    torch.testing.assert_close(
+        predict(generator.load(tmp_path / "checkpoint"), conditions), trained, rtol=0, atol=0
+    )
     # An inpainting base comes as it is, and goes with no other conditioning.
     shutil.copytree(base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "unet")

@@ -11,7 +11,18 @@ from factory.generators.mask_diffusion import MaskDDPM
 from factory.generators.mask_diffusion_model import MaskDenoiser, ddim_scheduler, ddpm_scheduler
 from factory.training.parts import save_mask_model
 
-TINY = {"resolution": 8, "channels": (8, 16), "norm_groups": 4, "layers_per_block": 1, "num_inference_steps": 5}
+TINY = {
+    "resolution": 8,
+    "channels": (8, 16),
+    "norm_groups": 4,
+    "layers_per_block": 1,
+    "num_inference_steps": 5,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +43,9 @@ def test_the_sampler_recovers_a_known_mask() -> None:
     """With the exact noise for one target, DDIM must end at that target."""
 
     class Exact(MaskDenoiser):
-        def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        def forward(
+            self, noisy: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor
+        ) -> torch.Tensor:
             level = ddpm_scheduler(self.model).alphas_cumprod[timesteps][:, None, None, None]
             return (noisy - level.sqrt() * target) / (1 - level).sqrt()
 
@@ -62,13 +75,17 @@ def test_saved_and_loaded_it_draws_the_same(tmp_path: Path, denoiser: MaskDenois
     digest = mask_model_digest(tmp_path, "mask_diffusion")
     manifest = json.loads((tmp_path / MASK_MANIFEST).read_text())
     (tmp_path / MASK_MANIFEST).write_text(json.dumps({**manifest, "classes": ["malignant", "benign"]}))
-    assert mask_model_digest(tmp_path, "mask_diffusion") != digest, "the order of the classes decides what is drawn"
+    assert mask_model_digest(tmp_path, "mask_diffusion") != digest, (
+        "the order of the classes decides what is drawn"
+    )
     with pytest.raises(ValueError, match=r"another model: num_inference_steps is 5 there and 6 here"):
         MaskDDPM(**{**TINY, "num_inference_steps": 6}).load(tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind mask_diffusion, wanted mask_gan"):
         mask_model_digest(tmp_path, "mask_gan")
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model.safetensors there; `factory train --part mask_diffusion"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no model.safetensors there; `factory train --part mask_diffusion"
+    ):
         model.load(tmp_path)
 
 

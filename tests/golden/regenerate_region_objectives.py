@@ -1,9 +1,10 @@
-"""Losses of the first five training steps of a tiny UNet with MaskedDenoising and SketchPerception.
+"""Losses of the first five training steps of a tiny UNet with each objective that looks at a region or inside.
 
 python tests/golden/regenerate_region_objectives.py
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
-NAMES = ("masked_denoising", "sketch_perception")
+NAMES = ("masked_denoising", "region_attention", "sketch_perception")
 
 
 def five_losses(name: str) -> dict[str, list[float]]:
     """Every metric of steps 0 … 4, for the default form and for the papers'."""
     from factory.training.masked_denoising import MaskedDenoising
     from factory.training.objectives import NoisePrediction
+    from factory.training.region_attention import RegionAttention
     from factory.training.sketch_perception import SketchPerception
 
+    words = (("hta", "inside"), ("image", "outside"))
     forms: dict[str, tuple[Any, ...]] = {
         "masked_denoising": (
             (MaskedDenoising(background_weight=0.05),),
             (MaskedDenoising(region="background", normalise="paper", form="paper"),),
+        ),
+        "region_attention": (
+            (NoisePrediction(), RegionAttention(side=4, tokens=words)),
+            (NoisePrediction(), RegionAttention(side=4, tokens=words, form="paper")),
         ),
         "sketch_perception": (
             (NoisePrediction(), SketchPerception(channels=16)),
@@ -55,6 +62,9 @@ def make_learner(objectives: tuple[Any, ...]) -> tuple[Any, list[Any]]:
     def conditions(embeds: torch.Tensor, **_: object) -> Conditions:
         return Conditions(prompt_embeds=embeds)
 
+    def token_positions(prompts: Sequence[str], word: str) -> list[list[int]]:
+        return [[1 + prompt.split().index(word)] if word in prompt else [] for prompt in prompts]
+
     settings = TrainingSettings(
         max_steps=5, batch_size=4, learning_rate=1e-3, warmup_steps=2, prompt_dropout=0.0
     )
@@ -79,7 +89,9 @@ def make_learner(objectives: tuple[Any, ...]) -> tuple[Any, list[Any]]:
         prediction_type="epsilon",
         objectives=objectives,
         context=TrainingContext(
-            generator=SimpleNamespace(unet=unet, latent_shape=(8, 8, 8)),
+            generator=SimpleNamespace(
+                unet=unet, latent_shape=(8, 8, 8), num_prompt_tokens=7, token_positions=token_positions
+            ),
             prompts=("", "An image of hta"),
             resolution=64,
             seed=3,

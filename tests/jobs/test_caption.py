@@ -26,11 +26,21 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> str:
         sample = skin_sample(96, 0, i)
         rows.append(
             RealSample(
-                image_id=f"{i:032x}", dataset="skin", source_path=f"{i}.png", group_id=str(i),
-                split="train" if i < 20 else "val" if i < 24 else "test", label=LABELS.index(sample.label_name),
-                label_name=sample.label_name, image=encode_png(sample.image), mask=encode_png(sample.mask),
-                height=96, width=96, licence="none", allowed_use="tests", embedding=(1.0, 0.0),
-            )  # fmt: skip
+                image_id=f"{i:032x}",
+                dataset="skin",
+                source_path=f"{i}.png",
+                group_id=str(i),
+                split="train" if i < 20 else "val" if i < 24 else "test",
+                label=LABELS.index(sample.label_name),
+                label_name=sample.label_name,
+                image=encode_png(sample.image),
+                mask=encode_png(sample.mask),
+                height=96,
+                width=96,
+                licence="none",
+                allowed_use="tests",
+                embedding=(1.0, 0.0),
+            )
         )
     uri = str(tmp_path_factory.mktemp("real") / "real.lance")
     schema = real_schema(2)
@@ -80,7 +90,9 @@ def test_captions_keep_within_the_text_encoder(real: str, base: str, tmp_path: P
 
     summary = caption(real, base, tmp_path / "c.lance")
     budget = TokenBudget(Path(base), ("<lesion>", "<skin>"))
-    lengths = [budget.count(CaptionTable().compose(c.caption)) for c in read_captions(str(tmp_path / "c.lance"))]
+    lengths = [
+        budget.count(CaptionTable().compose(c.caption)) for c in read_captions(str(tmp_path / "c.lance"))
+    ]
     assert max(lengths) <= 77 and summary.shortened > 0  # words are spelt out by this tokenizer
 
 
@@ -94,7 +106,10 @@ def test_expand_adds_new_captions_per_class_and_replaces_earlier_ones(
     assert command(["--expand", "6", *arguments]) == 0
     assert "6" in capsys.readouterr().out
     expanded = [c for c in read_captions(out) if c.kind == "expanded"]
-    assert {label: sum(c.label_name == label for c in expanded) for label in LABELS} == {NAEVUS: 6, MELANOMA: 6}
+    assert {label: sum(c.label_name == label for c in expanded) for label in LABELS} == {
+        NAEVUS: 6,
+        MELANOMA: 6,
+    }
     assert not before & {c.caption for c in expanded}
     assert command(["--expand", "3", *arguments]) == 0
     captions = read_captions(out)
@@ -105,10 +120,7 @@ def test_expand_adds_new_captions_per_class_and_replaces_earlier_ones(
 def test_a_vision_language_model_over_ray_and_a_language_model(
     real: str, base: str, tmp_path: Path, ray_local: None
 ) -> None:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "captions"))
-    from tiny_models import write_language_model, write_vlm
+    from tiny_transformers import write_language_model, write_vlm
 
     model = write_vlm(tmp_path / "vlm")
     out = tmp_path / "captions.lance"
@@ -129,10 +141,15 @@ def test_failures_are_rows_of_their_own_and_stop_the_job_above_a_share(
 
     def answers(args: Args, table: Any) -> dict[str, tuple[str, str | None]]:
         ids = table["image_id"].to_pylist()
-        return {name: ("", "the model answered ''") if n < 2 else ("a dark lesion", None) for n, name in enumerate(ids)}
+        return {
+            name: ("", "the model answered ''") if n < 2 else ("a dark lesion", None)
+            for n, name in enumerate(ids)
+        }
 
     monkeypatch.setattr(jobs.caption, "_answers", answers)
-    with pytest.raises(ValueError, match=r"failed for 2 of 24 images .*--max-failed 0\.02; nothing was written"):
+    with pytest.raises(
+        ValueError, match=r"failed for 2 of 24 images .*--max-failed 0\.02; nothing was written"
+    ):
         caption(real, base, tmp_path / "a.lance", captioner="vlm:owner/name")
     assert not (tmp_path / "a.lance").exists()
     summary = caption(real, base, tmp_path / "b.lance", captioner="vlm:owner/name", max_failed=0.1)
@@ -152,7 +169,10 @@ def test_wrong_options_are_named_before_any_work(real: str, base: str, tmp_path:
         (Args(expand=3), "give the table as --captions"),
         (Args(expand=0, captions=out), "at least 1"),
         (Args(real=real, out=out, recipe="tiny"), "no CaptionTable"),
-        (Args(real=real, out=out, overrides=(*override, "--prompts.prefix", "lesion " * 90)), "text encoder takes 77"),
+        (
+            Args(real=real, out=out, overrides=(*override, "--prompts.prefix", "<lesion> <skin> " * 45)),
+            "text encoder takes 77",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             run(args)

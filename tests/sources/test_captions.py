@@ -66,13 +66,14 @@ def test_requests_get_expanded_captions_of_their_class_else_real_training_ones(t
     fitted = CaptionTable(captions=table(tmp_path, captions)).fit(
         [row(0), row(1), row(2, "melanoma"), row(3, "melanoma")]
     )
-    drawn = [
-        fitted.draw(request("melanoma", i), random_generator(str(i), "prompt"), None) for i in range(10)
-    ]
+    drawn = [fitted.draw(request("melanoma", i), random_generator(str(i), "prompt"), None) for i in range(10)]
     assert {draw.prompt for draw in drawn} == {"An image of <lesion> on <skin>. new one"}
     assert {draw.parameters["caption_kind"] for draw in drawn} == {"expanded"}
     drawn = [fitted.draw(request("naevus", i), random_generator(str(i), "prompt"), None) for i in range(30)]
-    assert {draw.parameters["caption_of"] for draw in drawn} == {"image-0", "image-1"}  # never the held-out one
+    assert {draw.parameters["caption_of"] for draw in drawn} == {
+        "image-0",
+        "image-1",
+    }  # never the held-out one
     assert fitted.describe(row(9)) != ""  # which training validates with
 
 
@@ -88,7 +89,11 @@ def test_the_caption_fits_the_requested_mask(tmp_path: Path) -> None:
     mask[3:12, 38:48] = 1  # upper right
     fitted = CaptionTable(captions=uri, neighbours=3).fit(rows)
     drawn = {
-        int(str(fitted.draw(request(), random_generator(str(i), "p"), mask).parameters["caption_of"]).split("-")[1])
+        int(
+            str(fitted.draw(request(), random_generator(str(i), "p"), mask).parameters["caption_of"]).split(
+                "-"
+            )[1]
+        )
         for i in range(30)
     }
     assert len(drawn) == 3 and all(places[i][0] > 0.6 and places[i][1] < 0.4 for i in drawn)
@@ -111,7 +116,9 @@ def test_missing_tables_and_captions_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no table at .*factory caption"):
         CaptionTable(captions=str(tmp_path / "none.lance")).fit([row(0)])
     uri = table(tmp_path, [real(0), real(1, kind="error", caption="")])
-    with pytest.raises(ValueError, match=r"no caption for 1 of 2 images \(first: image_id image-1\).*factory caption"):
+    with pytest.raises(
+        ValueError, match=r"no caption for 1 of 2 images \(first: image_id image-1\).*factory caption"
+    ):
         CaptionTable(captions=uri).fit([row(0), row(1)])
     fitted = CaptionTable(captions=uri).fit([row(0)])
     with pytest.raises(ValueError, match="image-7"):

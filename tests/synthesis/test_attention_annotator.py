@@ -16,7 +16,9 @@ def test_otsu_is_skimages_on_200_maps() -> None:
     rng = np.random.default_rng(0)
     for number in range(200):
         split = rng.random((24, 24)) < rng.uniform(0.05, 0.95)
-        levels = np.where(split, rng.normal(rng.uniform(120, 220), 20, split.shape), rng.normal(60, 25, split.shape))
+        levels = np.where(
+            split, rng.normal(rng.uniform(120, 220), 20, split.shape), rng.normal(60, 25, split.shape)
+        )
         levels = levels.clip(0, 255).astype(np.uint8)
         assert otsu_threshold(levels) == threshold_otsu(levels), number
 
@@ -108,7 +110,7 @@ def test_masks_come_out_of_the_synthesizer_whatever_the_batch(tmp_path: Path) ->
     together, alone = make(3), make(1)
     for a, b in zip(together, alone, strict=True):
         assert a.error is None and a.image.shape == (64, 64, 3)
-        assert not a.annotation_failed and a.mask.shape == (64, 64) and 0 < a.mask.sum()
+        assert not a.annotation_failed and a.mask.shape == (64, 64) and a.mask.sum() > 0
         overlap = (a.mask & b.mask).sum() / (a.mask | b.mask).sum()
         assert overlap > 0.97
     assert not np.array_equal(together[0].mask, together[1].mask)

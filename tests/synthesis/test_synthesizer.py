@@ -322,7 +322,14 @@ def test_compiled_models_pad_the_last_batch(base: Path) -> None:
     bare = [PreparedRequest(request=p.request, requested_mask=None, prompt=p.prompt) for p in prepared(5)]
     sampling = Sampling(num_inference_steps=2, guidance_scale=1.0)
     plain = images(make(Synthesizer, generator, None, sampling=sampling, annotator=None).synthesize(bare))
-    compiled = make(
-        Synthesizer, generator, None, sampling=sampling, compile=True, annotator=None
-    ).synthesize(bare)
+    compiled = make(Synthesizer, generator, None, sampling=sampling, compile=True, annotator=None).synthesize(
+        bare
+    )
     assert largest_difference(plain, images(compiled)) <= IMAGE_TOLERANCE
+
+
+def test_what_reads_attention_is_not_compiled(generator: LatentDiffusion, checkpoint: Path) -> None:
+    from factory.synthesis.attention_annotator import AttentionOtsu
+
+    with pytest.raises(ValueError, match="compile: AttentionOtsu"):
+        make(Synthesizer, generator, checkpoint, annotator=AttentionOtsu(), compile=True)

@@ -10,8 +10,8 @@ from factory.imaging import as_rgb
 from factory.storage import open_table
 from factory.training.examples import Latents
 from factory.training.latent_cache import (
-    embed_prompts,
     Variant,
+    embed_prompts,
     encoder_of,
     fill_latents,
     latent_kl,

@@ -111,7 +111,7 @@ def test_wrong_settings_are_refused(fields: dict[str, Any]) -> None:
         MaskedDenoising(**fields)
 
 
-@pytest.mark.parametrize("name", ["masked_denoising", "sketch_perception"])
+@pytest.mark.parametrize("name", ["masked_denoising", "region_attention", "sketch_perception"])
 def test_five_steps_reproduce_the_golden_losses(name: str) -> None:
     """A change that should not alter the maths must reproduce these; else run the script beside the files."""
     sys.path.insert(0, str(GOLDEN))

@@ -98,7 +98,7 @@ def test_absent_words_null_prompts_and_empty_masks_contribute_nothing(generator:
     attention = torch.rand((1, 16, generator.num_prompt_tokens), generator=torch.Generator().manual_seed(0))
     both, one, null = (bound.loss(step_of(half_mask(1), [row]), attention).item() for row in (1, 2, 0))
     assert null == 0.0
-    assert 0.0 < one and both > 0.0
+    assert one > 0.0 and both > 0.0
     empty = step_of(torch.zeros((1, 64, 64), dtype=torch.uint8), [1])
     assert bound.loss(empty, attention).item() == 0.0
     assert paper.loss(empty, attention).item() > 0.0
@@ -112,7 +112,9 @@ def learner_of(generator: Any, objectives: tuple[Any, ...], seed: int = 0) -> An
 
     rng = np.random.default_rng(seed)
     mean = rng.normal(size=(4, *generator.latent_shape)).astype(np.float16)
-    settings = TrainingSettings(max_steps=50, batch_size=4, learning_rate=3e-3, warmup_steps=1, prompt_dropout=0.0)
+    settings = TrainingSettings(
+        max_steps=50, batch_size=4, learning_rate=3e-3, warmup_steps=1, prompt_dropout=0.0
+    )
     scheduler = generator.noise_scheduler
     return DiffusionLearner(
         denoiser=generator.denoiser(),
@@ -144,7 +146,9 @@ def test_training_lowers_it_and_leaves_no_processor_behind(generator: Any) -> No
         metrics = learner.step(learner.draw(global_batch(sampler, step)))
         values.append(float(metrics["RegionAttention"]))
         assert math.isclose(
-            float(metrics["loss"]), float(metrics["NoisePrediction"] + metrics["RegionAttention"]), rel_tol=1e-5
+            float(metrics["loss"]),
+            float(metrics["NoisePrediction"] + metrics["RegionAttention"]),
+            rel_tol=1e-5,
         )
     assert np.mean(values[-3:]) < 0.8 * np.mean(values[:3]), values
     after = {name: type(module.processor) for name, module in generator.unet.named_modules() if hasattr(module, "processor")}  # fmt: skip

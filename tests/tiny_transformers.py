@@ -56,9 +56,7 @@ def write_vlm(folder: Path) -> Path:
     tokenizer = byte_tokenizer()
     image = tokenizer.convert_tokens_to_ids("<image>")
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-        ),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
         tokenizer=tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
