@@ -101,6 +101,7 @@ class TrainingRow:
         image: uint8, (S, S) grey or (S, S, 3) RGB.
         mask: uint8 label map (S, S), or None where the dataset has no masks.
         attributes: free descriptors of the row.
+        licence: of its source; "" where the column was not read.
     """
 
     image_id: str
@@ -110,6 +111,7 @@ class TrainingRow:
     image: np.ndarray
     mask: np.ndarray | None
     attributes: Mapping[str, str]
+    licence: str = ""
 
 
 def decode_rows(table: pa.Table, size: int) -> list[TrainingRow]:
@@ -129,6 +131,7 @@ def decode_rows(table: pa.Table, size: int) -> list[TrainingRow]:
                 image=letterbox(decode_png(row["image"]), size),
                 mask=mask,
                 attributes=dict(row["attributes"] or ()),
+                licence=row.get("licence") or "",
             )
         )
     return rows

@@ -90,7 +90,9 @@ def test_objective() -> None:
             timestep_weights=torch.ones(2),
             masks=masks,
         )
-        return names["LesionPrediction"]().loss(step).tolist()
+        objective = names["LesionPrediction"]()
+        assert objective.needs == ("masks",)
+        return objective.bind(None).loss(step, None).tolist()
 
     assert loss(wrong_outside) == [0.0, 0.0]
     assert loss(torch.full_like(noise, 2.0)) == [4.0, 0.0]

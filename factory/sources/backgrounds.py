@@ -94,7 +94,7 @@ class RealNormals:
                 f"backgrounds.RealNormals: none of the {len(rows)} training rows has an empty mask (no image without "
                 f"a lesion); use backgrounds:healed-lesions: {_HEAL}"
             )
-        found = [Background.of(row.image_id, row.group_id, None, row.image) for row in normals]
+        found = [Background.of(row.image_id, row.group_id, row.licence or None, row.image) for row in normals]
         return FittedBackgrounds.of("real_normals", self.min_tissue, found, rows)
 
 
