@@ -17,8 +17,10 @@ from factory.training.region_attention import RegionAttention
 from factory.training.settings import TrainingSettings
 
 RESOLUTION = 128
-CROSS_SIDE, SELF_SIDE = 8, 16
-"""Sides of the attention maps that the shipped base has at 128 px."""
+ATTENTION_SIDE = 16
+"""Side of the larger attention maps that the shipped base has at 128 px."""
+LAYOUT_ETA = 2000.0
+"""Step length of the layout guidance: gradients in the shipped base's latents are that much smaller."""
 
 
 def tiny() -> Recipe:
@@ -34,11 +36,11 @@ def tiny() -> Recipe:
 def at_tiny_width(recipe: Recipe) -> Recipe:
     """The same components on the shipped base at 128 px, as NAME_tiny: to try a method, not for its images.
 
-    Settings that are tied to a size change with it: attention sides, mask models, steps, and the learning rate.
+    Settings that are tied to a size change with it: attention sides, the step of the layout guidance, mask models,
+    steps, and the learning rate.
     """
     generator = recipe.generator
-    adds_weights = generator.conditioning.uses_class or generator.conditioning.uses_inpaint
-    unet = "full" if adds_weights else "lora"
+    unet = "lora" if generator.conditioning.uses_mask else "full"  # beside a ControlNet, adapters are enough
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}_tiny",
@@ -77,9 +79,13 @@ def at_tiny_width(recipe: Recipe) -> Recipe:
 def _sized(component: Any) -> Any:
     """A component with the sizes of the shipped base."""
     if isinstance(component, RegionAttention):
-        return dataclasses.replace(component, side=CROSS_SIDE)
-    if isinstance(component, LayoutGuidance | AttentionOtsu):
-        return dataclasses.replace(component, cross_side=CROSS_SIDE, self_side=SELF_SIDE)
+        return dataclasses.replace(component, side=ATTENTION_SIDE)
+    if isinstance(component, LayoutGuidance):
+        return dataclasses.replace(
+            component, cross_side=ATTENTION_SIDE, self_side=ATTENTION_SIDE, eta=LAYOUT_ETA
+        )
+    if isinstance(component, AttentionOtsu):
+        return dataclasses.replace(component, cross_side=ATTENTION_SIDE, self_side=ATTENTION_SIDE)
     if isinstance(component, CurvatureGAN):
         training = MaskModelTraining(
             max_steps=400, batch_size=16, checkpoint_every=100, sample_every=200, ema_decay=0.98
