@@ -34,6 +34,7 @@ from schemas.identity import random_generator
 from schemas.request import SynthesisPlan
 
 HELD_OUT_EVERY = 5
+MODELS = ["curvature_gan", "gan_without_curvature_loss", "mask_diffusion"]
 
 
 def read_rows(folder: Path, side: int) -> list[TrainingRow]:
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--ddpm-inference-steps", type=int, default=50)
     parser.add_argument("--max-tries", type=int, default=20, help="draws per mask of the models")
     parser.add_argument("--num-masks", type=int, default=200, help="per class and source")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which ones to train")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-threads", type=int, default=1)
     args = parser.parse_args()
@@ -229,9 +231,13 @@ def main() -> None:
     results["deformed_ellipse"] = source_report(DeformedEllipse(), training, real, args.num_masks)
     print(json.dumps(results, indent=2), flush=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings |= {"width": "busi", "folder": args.folder.name}
+    chosen = list(args.models)
+    width = "busi" if chosen == MODELS else "-".join(["busi", *chosen])
+    settings |= {"width": width, "folder": args.folder.name}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in _models(args).items():
+            if name not in chosen:
+                continue
             out = Path(folder) / name
             out.mkdir()
             at_size = read_rows(args.folder, model.resolution)

@@ -61,7 +61,7 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = get_recipe(name)
     if not overrides:
         recipe.check()
-        return recipe
+        return _with_absolute_paths(recipe)
     import tyro
 
     chosen, options = recipe, []
@@ -80,7 +80,29 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     )
     changed = dataclasses.replace(changed, name=recipe.name, paper=recipe.paper)
     changed.check()
-    return changed
+    return _with_absolute_paths(changed)
+
+
+_PATHS = ("base", "vae", "checkpoint", "captions", "table", "weights")
+"""Fields of components that may name a local file or folder."""
+
+
+def _with_absolute_paths(value: Any) -> Any:
+    """A component whose local paths hold in any working directory: Ray's workers have others."""
+    if isinstance(value, tuple):
+        return tuple(_with_absolute_paths(item) for item in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changes = {}
+    for field in dataclasses.fields(value):
+        present = getattr(value, field.name)
+        if field.name in _PATHS and isinstance(present, str):
+            path = Path(present).expanduser()
+            if present not in ("", "tiny") and path.exists():
+                changes[field.name] = str(path.resolve())
+        elif (inner := _with_absolute_paths(present)) is not present and inner != present:
+            changes[field.name] = inner
+    return dataclasses.replace(value, **changes) if changes else value
 
 
 def choose(recipe: Recipe, choice: str) -> Recipe:

@@ -119,6 +119,9 @@ class Layout:
         allowed_use: what that licence allows; "unknown" where not known.
         citation: what to cite.
         unit: what the splits keep apart: patients, or image groups where patients are unknown.
+        contents: modality, number of images, classes, masks.
+        obtain: where the dataset comes from.
+        tree: the folder this layout expects, as text.
     """
 
     name: str
@@ -129,6 +132,9 @@ class Layout:
     citation: str
     unit: str = "image-group level, patients unknown"
     is_made: bool = False
+    contents: str = ""
+    obtain: str = ""
+    tree: str = ""
 
 
 def require_folder(path: Path, expected: str) -> Path:

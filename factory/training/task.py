@@ -96,6 +96,7 @@ def identity_of(task: TrainingTask) -> dict[str, Any]:
         "recipe": task.recipe,
         "generator": canonical(task.generator),
         "objectives": canonical(task.objectives),
+        "sketches": [o.extractor.digest() for o in task.objectives if hasattr(o, "extractor")],
         "training": settings,
         "prompts": canonical(task.prompts),
         "prompt_tables": _prompt_tables(task),

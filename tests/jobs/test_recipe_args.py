@@ -42,6 +42,17 @@ def test_choices_and_options_may_stand_in_any_order() -> None:
     assert one.masks == RealMasks(shift=0.1) and one.sampling.num_inference_steps == 7
 
 
+def test_local_paths_hold_in_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    changed = parse_recipe("scmg", ["--masks.checkpoint", "runs", "--generator.vae", "absent"])
+    assert changed.masks.checkpoint == str(tmp_path / "runs")  # type: ignore[union-attr]
+    assert changed.generator.vae == "absent" and changed.generator.base.count("/") == 1
+    assert changed.fingerprint == get_recipe("scmg").fingerprint, "where something lies is not identity"
+
+
 def test_choices_reach_into_tuples_and_nested_fields() -> None:
     changed = parse_recipe("tiny", ["generator.conditioning:text-only", "filters.3:blank-image"])
     assert type(changed.generator.conditioning).__name__ == "TextOnly"
