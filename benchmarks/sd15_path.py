@@ -48,7 +48,7 @@ def main() -> None:
             results[method] = run_method(method, args.base, args.resolution, real, folder / method)
             results[method]["seconds"] = time.perf_counter() - begin
             print(method, results[method], flush=True)
-    settings = vars(args) | {"base": "random, SD-1.5 shape"}
+    settings = vars(args) | {"base": "random, SD-1.5 shape", "width": "sd15"}
     results["peak_memory_mb"] = peak_memory_mb("cpu")
     print(f"wrote {save('sd15_path', settings, results, 'cpu')}")
 

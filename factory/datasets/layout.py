@@ -159,3 +159,46 @@ def images_in(folder: Path) -> list[Path]:
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts 'benign (2)' before 'benign (10)'."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name))
+
+
+def folder_named(path: Path, name: str, expected: str) -> Path:
+    """`path`/`name` if that folder is there, else `path` itself: archives unpack with and without their top folder.
+
+    Raises:
+        FileNotFoundError: `path` is no folder.
+    """
+    root = require_folder(path, expected)
+    return root / name if (root / name).is_dir() else root
+
+
+def images_by_key(folder: Path, pattern: str) -> dict[str, list[Path]]:
+    """Image files directly in `folder` whose name without suffix matches `pattern` as a whole, by its group `key`."""
+    found: dict[str, list[Path]] = {}
+    for file in images_in(folder):
+        if match := re.fullmatch(pattern, file.stem):
+            found.setdefault(match["key"], []).append(file)
+    return found
+
+
+def single_files(found: Mapping[str, Sequence[Path]], root: Path, problems: list[Problem]) -> dict[str, Path]:
+    """The one file of each key; a second one becomes a problem."""
+    for files in found.values():
+        for extra in files[1:]:
+            what = f"a second image of the name of {files[0].name}"
+            problems.append(
+                Problem(
+                    source_path=extra.relative_to(root).as_posix(), what=what, remedy="remove one of them"
+                )
+            )
+    return {key: files[0] for key, files in found.items()}
+
+
+def masks_without_image(
+    masks: Mapping[str, Sequence[Path]], images: Mapping[str, Path], root: Path
+) -> list[Problem]:
+    """A problem for every key of `masks` that `images` lacks."""
+    return [
+        Problem(source_path=masks[key][0].relative_to(root).as_posix(), what="mask without image",
+                remedy=f"add the image of {key} or remove the mask")
+        for key in sorted(masks.keys() - images.keys(), key=natural_order)
+    ]  # fmt: skip

@@ -91,7 +91,10 @@ def _xlsx_grid(path: Path) -> list[list[str]]:
     """Cells of the first sheet as text; rows and columns that the file leaves out are empty."""
     try:
         with zipfile.ZipFile(path) as archive:
-            links = {link.get("Id"): link.get("Target", "") for link in _part(archive, "xl/_rels/workbook.xml.rels")}
+            links = {
+                link.get("Id"): link.get("Target", "")
+                for link in _part(archive, "xl/_rels/workbook.xml.rels")
+            }
             sheets = _part(archive, "xl/workbook.xml").find(f"{_MAIN}sheets")
             target = links[sheets[0].get(_LINK)] if sheets is not None and len(sheets) else None
             if target is None:
@@ -216,7 +219,7 @@ def matched(
             problems.append(Problem(source_path=row.where, what=what, remedy="correct the row"))
         else:
             yield Match(key, files[key], row, label)
-    for key in rows.keys() - files.keys():
+    for key in sorted(rows.keys() - files.keys(), key=natural_order):
         what = f"row without image: {key}"
         problems.append(
             Problem(source_path=rows[key].where, what=what, remedy="add the image or remove the row")
