@@ -54,6 +54,7 @@ VERBS = {
     ),
     "query": Verb(module="jobs.query", about="filter, search by image, export rows or a contact sheet"),
     "browse": Verb(module="jobs.browse", about="look through a table in a browser, on this machine only"),
+    "maintain": Verb(module="jobs.maintain", about="compact a table, index it, remove old versions"),
     "reproduce": Verb(module="jobs.reproduce", about="make one row again from its provenance and compare"),
     "doctor": Verb(module="jobs.doctor", about="check this machine and say what to fix"),
 }

@@ -13,6 +13,7 @@ from factory.storage.create import create_table, write_table
 from factory.storage.errors import DuplicateRequests, StorageFull, TableDamaged
 from factory.storage.lease import LeaseHeld, LeaseLost
 from factory.storage.location import ledger_folder
+from factory.storage.maintenance import Maintenance, maintain
 from factory.storage.quarantine import IntentLog, QuarantinedRequest, QuarantineLog
 from factory.storage.real import TestAccess, class_names, real_digest, real_rows, test_accesses
 from factory.storage.reconciliation import Reconciliation
@@ -27,6 +28,7 @@ __all__ = [
     "IntentLog",
     "LeaseHeld",
     "LeaseLost",
+    "Maintenance",
     "QuarantineLog",
     "QuarantinedRequest",
     "Reconciliation",
@@ -37,6 +39,7 @@ __all__ = [
     "class_names",
     "create_table",
     "ledger_folder",
+    "maintain",
     "open_table",
     "real_digest",
     "real_rows",
