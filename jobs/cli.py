@@ -34,6 +34,9 @@ class Verb:
 VERBS = {
     "demo": Verb(module="jobs.demo", about="the whole main job in minutes, ending in a report", resumes=True),
     "prepare": Verb(module="jobs.prepare", about="read, verify, split and embed a real dataset into a table"),
+    "datasets": Verb(
+        module="jobs.datasets", about="public datasets that prepare reads: licence, source, expected folder"
+    ),
     "recipes": Verb(module="jobs.recipes", about="list the recipes, or show one in full"),
     "caption": Verb(
         module="jobs.caption", about="describe real images in words, or write new prompts from these"

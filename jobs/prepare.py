@@ -41,7 +41,7 @@ class Args:
     """Arguments of `factory prepare`."""
 
     layout: Positional[str]
-    """busi, medmnist, stu, folder or phantom."""
+    """Name of a dataset layout; `factory datasets` lists them."""
     path: Positional[str] = ""
     """Folder (or .npz file) of the dataset; not for phantom."""
     out: str

@@ -42,9 +42,7 @@ def test_choices_and_options_may_stand_in_any_order() -> None:
     assert one.masks == RealMasks(shift=0.1) and one.sampling.num_inference_steps == 7
 
 
-def test_local_paths_hold_in_any_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_paths_hold_in_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     changed = parse_recipe("scmg", ["--masks.checkpoint", "runs", "--generator.vae", "absent"])

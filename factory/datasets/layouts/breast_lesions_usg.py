@@ -1,14 +1,16 @@
 """BrEaST, "Breast-Lesions-USG" of The Cancer Imaging Archive: one image each of 256 patients.
 
-The clinical table has, among others, CaseID, Image_filename, Mask_tumor_filename (several joined by '&', empty for
-normal images), Mask_other_filename, Classification (benign, malignant, normal), BIRADS, Shape, Margin, Echogenicity,
-Posterior_features, Halo, Calcifications, Pixel_size. Columns, values and file names were read off several independent
-readers and the collection's page, not off the files. 252 images show a lesion, 4 are normal (256 scans, 266 lesions).
+The clinical table has, among others, CaseID, Image_filename, Mask_tumor_filename (several joined by '&',
+empty for normal images), Mask_other_filename, Classification (benign, malignant, normal), BIRADS, Shape,
+Margin, Echogenicity, Posterior_features, Halo, Calcifications, Pixel_size. Columns, values and file names
+were read off several independent readers and the collection's page, not off the files. 252 images show a
+lesion, 4 are normal (256 scans, 266 lesions).
 
-Masks of other findings are left out. The prompts' two words are derived, and the radiologist's own kept beside them:
+Masks of other findings are left out. The prompts' two words are derived, and the radiologist's own kept
+beside them:
 
-- `echogenicity`: *heterogeneous* where Echogenicity is heterogeneous or complex cystic/solid, *homogeneous* where it
-  is one uniform echo pattern (anechoic, hypoechoic, isoechoic, hyperechoic);
+- `echogenicity`: *heterogeneous* where Echogenicity is heterogeneous or complex cystic/solid, *homogeneous*
+  where it is one uniform echo pattern (anechoic, hypoechoic, isoechoic, hyperechoic);
 - `boundary`: *clear* where Margin is circumscribed, *unclear* where it is "not circumscribed" of any kind.
 
 BI-RADS has no such pairs, so this is our reading. Pixel_size stays an attribute: its unit was not verified.
@@ -81,13 +83,13 @@ def _item(match: Match, root: Path, problems: list[Problem]) -> Item:
     values = match.row.values
     source_path = match.file.relative_to(root).as_posix()
     names = [name.strip() for name in values["Mask_tumor_filename"].split("&") if name.strip()]
-    for name in names:
-        if not is_plain_name(name):
-            what = f"Mask_tumor_filename {name!r} is no plain file name"
-            problems.append(Problem(source_path=match.row.where, what=what, remedy="correct the row"))
-    masks = [match.file.with_name(name) for name in names if is_plain_name(name)]
+    bad = [name for name in names if not is_plain_name(name)]
+    for name in bad:
+        what = f"Mask_tumor_filename {name!r} is no plain file name"
+        problems.append(Problem(source_path=match.row.where, what=what, remedy="correct the row"))
+    masks = [] if bad else [match.file.with_name(name) for name in names]
     attributes = attributes_of(match.row, _ATTRIBUTES) | descriptors(values)
-    if match.label == "normal" and not masks:
+    if match.label == "normal" and not names:
         return Item(source_path=source_path, label_name=match.label, has_lesion=False, attributes=attributes,
                     make=partial(without_lesion, match.file, source_path), patient_id=values["CaseID"])  # fmt: skip
     return Item(source_path=source_path, label_name=match.label, image=match.file, masks=masks, attributes=attributes,

@@ -1,9 +1,9 @@
 """BUS-BRA: 1875 breast ultrasound images of 1064 patients, biopsy-proven, from four scanners.
 
-bus_data.csv has the columns ID, Case, Histology, Pathology, BIRADS, Device, Width, Height, Side, BBOX. The image of ID
-`bus_0001-l` is Images/bus_0001-l.png, its mask Masks/mask_0001-l.png; Case is the patient. Columns and names agree in
-four independent readers, counts with the article. 1268 benign and 607 malignant images. Its cross-validation folds are
-not read: `prepare` splits by patient.
+bus_data.csv has the columns ID, Case, Histology, Pathology, BIRADS, Device, Width, Height, Side, BBOX. The
+image of ID `bus_0001-l` is Images/bus_0001-l.png, its mask Masks/mask_0001-l.png; Case is the patient.
+Columns and names agree in four independent readers, counts with the article. 1268 benign and 607 malignant
+images. Its cross-validation folds are not read: `prepare` splits by patient.
 """
 
 from pathlib import Path

@@ -1,12 +1,14 @@
 """BUS-UCLM: 683 breast ultrasound images of 38 patients, with coloured masks of the same name.
 
-In `masks/` green is benign, red malignant, black neither; both count as lesion, as in the authors' own scripts, where
-a pixel counts if the green or the red channel is 255. INFO.csv is separated by semicolons and has at least Image
-(file name) and Label (Normal, Benign, Malignant), further Doppler, Marks, Combined and Resolution. The four letters
-before the underscore name the patient (the authors split by them). Names, colours and the patient code were read off
-the authors' published scripts, the columns off independent readers. 419 normal, 174 benign, 90 malignant.
+In `masks/` green is benign, red malignant, black neither; both count as lesion, as in the authors' own
+scripts, where a pixel counts if the green or the red channel is 255. INFO.csv is separated by semicolons and
+has at least Image (file name) and Label (Normal, Benign, Malignant), further Doppler, Marks, Combined and
+Resolution. The four letters before the underscore name the patient (the authors split by them). Names,
+colours and the patient code were read off the authors' published scripts, the columns off independent
+readers. 419 normal, 174 benign, 90 malignant.
 
-Licence: sources name CC BY 4.0 as well as CC BY-NC; the stricter is recorded until you have read the deposit's page.
+Licence: sources name CC BY 4.0 as well as CC BY-NC; the stricter is recorded until you have read the
+deposit's page.
 """
 
 from functools import partial

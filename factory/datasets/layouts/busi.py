@@ -53,4 +53,13 @@ BUSI = Layout(
     allowed_use="research with attribution; no redistribution; not for clinical use",
     citation="Al-Dhabyani, Gomaa, Khaled, Fahmy. Dataset of breast ultrasound images. Data in Brief 28 (2020) 104863. "
     "doi:10.1016/j.dib.2019.104863; defects: Pawlowska, Karwat, Zolek. Data in Brief 48 (2023) 109247.",
+    contents="breast ultrasound; 780 images; benign, malignant, normal; masks",
+    obtain="Cairo University, page of Aly Fahmy (BUSI); re-hosted in several places",
+    tree="""\
+Dataset_BUSI_with_GT/        (benign/, malignant/ and normal/ alike)
+└── benign/
+    ├── benign (1).png …
+    ├── benign (1)_mask.png …      one per image
+    └── benign (4)_mask_1.png …    further lesions
+""",
 )

@@ -141,4 +141,12 @@ FOLDER = Layout(
     licence="not stated",
     allowed_use="unknown",
     citation="",
+    contents="your own images; masks and labels optional",
+    obtain="you have it",
+    tree="""\
+my_images/
+├── labels.csv            image,label[,patient_id,device,pixel_spacing,…]; or folders as classes
+├── images/a.png …
+└── masks/a_mask.png …    (or a.png)
+""",
 )

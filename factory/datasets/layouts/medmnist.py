@@ -56,4 +56,7 @@ MEDMNIST = Layout(
     licence="CC BY 4.0 (most MedMNIST sets; DermaMNIST is CC BY-NC 4.0)",
     allowed_use="research with attribution; not for clinical use",
     citation="Yang, Shi, Wei, Liu, Zhao, Ke, Pfister, Ni. MedMNIST v2. Scientific Data 10 (2023) 41; and the source set",
+    contents="28 px archives; BreastMNIST: 780 images; malignant, normal or benign; no masks",
+    obtain="Zenodo, MedMNIST v2 (breastmnist.npz and others)",
+    tree="breastmnist.npz    arrays train_images, train_labels, val_…, test_…\n",
 )

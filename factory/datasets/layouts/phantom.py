@@ -52,4 +52,7 @@ PHANTOM = Layout(
     citation="procedural phantom of synthetic-data-factory",
     unit="patient level",
     is_made=True,
+    contents="procedural ultrasound; any number; benign, malignant; masks",
+    obtain="made by `factory prepare phantom`",
+    tree="no files\n",
 )

@@ -1,9 +1,10 @@
 """QAMEBI (also called BUID): 232 breast ultrasound images in `Benign/` and `Malignant/`.
 
-`12 Benign Image.bmp` has the mask `12 Benign Mask.tif`; `12 Benign Lesion.bmp` is the same image with the outline
-drawn in and is not read. One source counts 236 masks, so several per image (`12 Benign Mask 2.tif`, in any spelling
-that starts with Mask) are merged. Folders and names agree in four independent readers; the names of second masks and
-the licence could not be verified, and patients are not numbered. 109 benign, 123 malignant.
+`12 Benign Image.bmp` has the mask `12 Benign Mask.tif`; `12 Benign Lesion.bmp` is the same image with the
+outline drawn in and is not read. One source counts 236 masks, so several per image (`12 Benign Mask 2.tif`,
+in any spelling that starts with Mask) are merged. Folders and names agree in four independent readers; the
+names of second masks and the licence could not be verified, and patients are not numbered. 109 benign, 123
+malignant.
 """
 
 from pathlib import Path

@@ -40,4 +40,12 @@ STU = Layout(
     allowed_use="unknown",
     citation="Zhuang, Li, Raj, Mahesh, Qiu. An RDAU-NET model for lesion segmentation in breast ultrasound images. "
     "PLoS ONE 14(8) (2019) e0221535. doi:10.1371/journal.pone.0221535",
+    contents="breast ultrasound; 42 images; one class; masks",
+    obtain="repository of the RDAU-NET article (STU-Hospital)",
+    tree="""\
+STU-Hospital/
+└── Hospital/
+    ├── Test_Image_1.png …    42 images
+    └── mask_1.png …
+""",
 )

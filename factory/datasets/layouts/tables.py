@@ -1,7 +1,8 @@
 """Tables that come with public datasets, CSV and XLSX, and which files their rows are about.
 
-XLSX is read with the standard library: cells of the first sheet as text, no formulas, no styles (ECMA-376 part 1,
-18.2–18.4). XML with a document type is refused, so that no entity is expanded, and a part above 64 MiB too.
+XLSX is read with the standard library: cells of the first sheet as text, no formulas, no styles (ECMA-376
+part 1, 18.2–18.4). XML with a document type is refused, so that no entity is expanded, and a part above 64
+MiB too.
 """
 
 import csv
@@ -45,14 +46,14 @@ def read_table(path: Path, columns: Sequence[str], *, delimiter: str = ",") -> l
         raise FileNotFoundError(f"{path}: no such file; expected a table with {', '.join(columns)}")
     grid = _xlsx_grid(path) if path.suffix.lower() == ".xlsx" else _csv_grid(path, delimiter)
     wanted = {column.lower(): column for column in columns}
-    for start, cells in enumerate(grid):
-        heads = [" ".join(cell.split()) for cell in cells]
-        if wanted.keys() <= {head.lower() for head in heads}:
-            break
-    else:
+    heads = [[" ".join(cell.split()) for cell in cells] for cells in grid]
+    start = next(
+        (i for i, line in enumerate(heads) if wanted.keys() <= {head.lower() for head in line}), None
+    )
+    if start is None:
         first = ", ".join(grid[0]) if grid else "nothing"
         raise ValueError(f"{path}: no line with the columns {', '.join(columns)}; its first line has {first}")
-    names = [wanted.get(head.lower(), head) for head in heads]
+    names = [wanted.get(head.lower(), head) for head in heads[start]]
     return [
         TableRow(f"{path.name} row {number}", dict(zip(names, cells + [""] * (len(names) - len(cells)))))
         for number, cells in enumerate(grid[start + 1 :], start=start + 2)

@@ -1,8 +1,8 @@
 """UDIAT, "Dataset B": 163 breast ultrasound images in `original/`, lesion masks of the same name in `GT/`.
 
-The classes stand in DatasetB.xlsx, columns Image (1 or 000001) and Type (Benign, Malignant). Folders, names and
-columns agree in several independent readers of the dataset; it is given on request, so no copy was opened here.
-Counts differ between sources: 109 or 110 benign, 54 or 53 malignant. There are no patient numbers.
+The classes stand in DatasetB.xlsx, columns Image (1 or 000001) and Type (Benign, Malignant). Folders, names
+and columns agree in several independent readers of the dataset; it is given on request, so no copy was opened
+here. Counts differ between sources: 109 or 110 benign, 54 or 53 malignant. There are no patient numbers.
 """
 
 from pathlib import Path
