@@ -56,6 +56,10 @@ VERBS = {
         resumes=True,
     ),
     "query": Verb(module="jobs.query", about="filter, search by image, export rows or a contact sheet"),
+    "export": Verb(
+        module="jobs.export",
+        about="write rows, alone or with real ones, for nnU-Net, Hugging Face, WebDataset, COCO or as folders",
+    ),
     "browse": Verb(module="jobs.browse", about="look through a table in a browser, on this machine only"),
     "maintain": Verb(module="jobs.maintain", about="compact a table, index it, remove old versions"),
     "reproduce": Verb(module="jobs.reproduce", about="make one row again from its provenance and compare"),
@@ -71,6 +75,7 @@ examples:
       --num-requests 128 --out synthetic.lance
   factory curate synthetic.lance --real real.lance
   factory query synthetic.lance "label_name = 'malignant' AND accepted" --contact-sheet sheet.png
+  factory export synthetic.lance --real real.lance --ratio 1 --format nnunet --out mixed
 
 `factory VERB --help` says all about one verb. A new user starts with `factory doctor` and `factory demo`."""
 

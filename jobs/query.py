@@ -170,12 +170,14 @@ def _check(args: Args) -> None:
 
 def _guarded(table: "Table", filter: str) -> tuple[str | None, list[str]]:
     """The filter, and for tables of real images one that leaves the test split alone."""
-    given = filter.strip() or None
+    from factory.storage import whole_filter
+
+    given = whole_filter(filter.strip()) if filter.strip() else None
     if not {"image_id", "split"} <= set(table.schema.names):
         return given, []
     rest = "split <> 'test'"
     note = "rows of the test split are left out; only `factory evaluate downstream` reads them"
-    return (rest if given is None else f"({given}) AND {rest}"), [note]
+    return (rest if given is None else f"{given} AND {rest}"), [note]
 
 
 def _like(table: "Table", like: str, filter: str | None) -> "tuple[np.ndarray, str | None]":

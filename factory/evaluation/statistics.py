@@ -1,13 +1,14 @@
-"""Is the difference more than noise? Intervals, paired tests and the rule that picks a ratio.
+"""Is the difference more than noise? Bootstrap and subsampling intervals, paired permutation tests.
 
-Rows of one patient, or of one near-duplicate group, are not independent: whatever takes `groups` resamples or flips
-whole groups. `delong` and `mcnemar` follow the same rule: the first uses clustered variances, the second refuses
-groups of more than one row.
+Rows of one patient, or of one near-duplicate group, are not independent: whatever takes `groups` resamples, swaps or
+flips whole groups. Closed-form tests of classifiers are in `classifier_tests.py`, the choice of a ratio and the
+correction for several endpoints in `selection.py`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -77,6 +78,8 @@ class _Groups:
         self.rows = [np.flatnonzero(self.of_row == group) for group in range(self.of_row.max() + 1)]
         if len(self.rows) < 2:
             raise ValueError("groups: all rows are of one group; nothing can be resampled")
+        self.sorted, self.sizes = np.concatenate(self.rows), np.array([len(rows) for rows in self.rows])
+        self.starts, self.is_single = self.sizes.cumsum() - self.sizes, bool((self.sizes == 1).all())
         if strata is None:
             self.strata = [np.arange(len(self.rows))]
             return
@@ -90,8 +93,14 @@ class _Groups:
 
     def resample(self, rng: np.random.Generator) -> np.ndarray:
         """Rows of as many groups of each stratum as there are, drawn with replacement."""
-        drawn = [rng.choice(stratum, len(stratum)) for stratum in self.strata]
-        return np.concatenate([self.rows[group] for group in np.concatenate(drawn)])
+        drawn = np.concatenate(
+            [stratum[rng.integers(len(stratum), size=len(stratum))] for stratum in self.strata]
+        )
+        if self.is_single:
+            return self.sorted[drawn]
+        sizes = self.sizes[drawn]
+        ends = sizes.cumsum()
+        return self.sorted[np.arange(ends[-1]) + np.repeat(self.starts[drawn] - (ends - sizes), sizes)]
 
     def without(self, group: int) -> np.ndarray:
         return np.flatnonzero(self.of_row != group)
@@ -165,7 +174,9 @@ def _acceleration(statistic: Statistic, cluster: _Groups) -> float:
     for stratum in cluster.strata:
         if len(stratum) < 2:
             continue
-        left = np.array([_defined(statistic(cluster.without(g)), f"rows without group {g}") for g in stratum])
+        left = np.array(
+            [_defined(statistic(cluster.without(g)), f"rows without group {g}") for g in stratum.tolist()]
+        )
         influence = (len(stratum) - 1) * (left.mean() - left)
         cubes += float((influence**3).sum()) / len(stratum) ** 3
         squares += float((influence**2).sum()) / len(stratum) ** 2
@@ -175,7 +186,9 @@ def _acceleration(statistic: Statistic, cluster: _Groups) -> float:
 def _bca_tails(value: float, draws: np.ndarray, tails: np.ndarray, acceleration: float) -> np.ndarray:
     below = float((draws < value).mean() + (draws == value).mean() / 2)
     if not 0 < below < 1:
-        raise ValueError("method: BCa is undefined, every resample lies on one side of the value; use percentile")
+        raise ValueError(
+            "method: BCa is undefined, every resample lies on one side of the value; use percentile"
+        )
     bias = stats.norm.ppf(below)
     shifted = bias + stats.norm.ppf(tails)
     return np.asarray(stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
@@ -242,14 +255,20 @@ def hierarchical_bootstrap(
     rng = np.random.default_rng(seed)
 
     def mean(seeds: np.ndarray, rows: np.ndarray, where: str) -> float:
-        kinds, counts = np.unique(seeds, return_counts=True)
-        values = [_defined(statistic(int(kind), rows), where) for kind in kinds]
-        return float(np.average(values, weights=counts))
+        counts = np.bincount(seeds)
+        values = [
+            _defined(statistic(kind, rows), where) * counts[kind] for kind in np.flatnonzero(counts).tolist()
+        ]
+        return float(sum(values) / len(seeds))
 
     value = mean(np.arange(num_generator_seeds), np.arange(len(cluster.of_row)), "all rows")
     draws = np.array(
         [
-            mean(rng.integers(num_generator_seeds, size=num_generator_seeds), cluster.resample(rng), "a resample")
+            mean(
+                rng.integers(num_generator_seeds, size=num_generator_seeds),
+                cluster.resample(rng),
+                "a resample",
+            )
             for _ in range(num_resamples)
         ]
     )
@@ -286,143 +305,134 @@ def wilson_interval(successes: int, total: int, *, level: float = 0.95) -> Inter
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class AreaUnderCurve:
-    """Areas under the ROC curves of M score columns on the same rows, with their covariance.
-
-    Attributes:
-        areas: float64 (M,).
-        covariance: float64 (M, M).
-        num_groups: independent units.
-    """
-
-    areas: np.ndarray
-    covariance: np.ndarray
-    num_groups: int
-
-    def interval(self, column: int = 0, *, level: float = 0.95) -> Interval:
-        """Interval of one area on the logit scale, so it stays inside (0, 1).
-
-        Raises:
-            ValueError: an area of 0 or 1 has no variance estimate; use the bootstrap or more rows.
-        """
-        area, error = float(self.areas[column]), math.sqrt(max(0.0, float(self.covariance[column, column])))
-        if not 0 < area < 1:
-            raise ValueError(f"areas: an area of {area} has no DeLong interval; report the counts instead")
-        half = float(stats.norm.ppf((1 + level) / 2)) * error / (area * (1 - area))
-        centre = math.log(area / (1 - area))
-        return Interval(
-            value=area,
-            low=float(1 / (1 + math.exp(-(centre - half)))),
-            high=float(1 / (1 + math.exp(-(centre + half)))),
-            level=level,
-            standard_error=error,
-            method="DeLong, logit",
-            num_groups=self.num_groups,
-        )
-
-    def compare(self, one: int = 0, two: int = 1) -> Comparison:
-        """z test of areas[two] − areas[one]; p is 1 where both arms rank every pair alike."""
-        difference = float(self.areas[two] - self.areas[one])
-        c = self.covariance
-        error = math.sqrt(max(0.0, float(c[one, one] + c[two, two] - 2 * c[one, two])))
-        if error > 1e-12:
-            p = float(2 * stats.norm.sf(abs(difference) / error))
-        elif abs(difference) < 1e-12:
-            p = 1.0
-        else:
-            raise ValueError(f"scores: areas differ by {difference} with zero variance; use the sign-flip test")
-        return Comparison(
-            difference=difference,
-            p_value=p,
-            standard_error=error,
-            method="DeLong",
-            num_groups=self.num_groups,
-        )
-
-
-def delong(
-    labels: np.ndarray, scores: np.ndarray, *, groups: Sequence | np.ndarray | None = None
-) -> AreaUnderCurve:
-    """Areas under ROC curves and their covariance, by midranks (DeLong 1988; Sun & Xu 2014, O(n log n)).
-
-    With groups of several rows the variance is that of clustered data (Obuchowski 1997); groups of one row each give
-    DeLong's exactly.
-
-    Args:
-        labels: (N,) 0 or 1.
-        scores: (M, N), or (N,) for one column; larger means positive.
-        groups: (N,) patient or near-duplicate group; None only where each row is its own.
-
-    Raises:
-        ValueError: another label, wrong shapes, or fewer than two groups in a class.
-    """
-    labels, scores = np.asarray(labels), np.atleast_2d(np.asarray(scores, np.float64))
-    if scores.shape[1:] != labels.shape or not np.isin(labels, (0, 1)).all() or not np.isfinite(scores).all():
-        raise ValueError(f"scores: want finite (M, N) with labels 0 or 1 (N,), got {scores.shape}, {labels.shape}")
-    positive = labels == 1
-    names = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    if names.shape != labels.shape:
-        raise ValueError(f"groups: want one for each of {len(labels)} rows, got shape {names.shape}")
-    _, group = np.unique(names, return_inverse=True)
-    num = int(group.max()) + 1
-    with_positive, with_negative = len(set(group[positive])), len(set(group[~positive]))
-    if min(with_positive, with_negative) < 2:
-        raise ValueError(f"labels: want ≥ 2 groups of each class, got {with_positive} and {with_negative}")
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    all_ranks = stats.rankdata(scores, axis=1)
-    above = (all_ranks[:, positive] - stats.rankdata(scores[:, positive], axis=1)) / negatives
-    below = 1 - (all_ranks[:, ~positive] - stats.rankdata(scores[:, ~positive], axis=1)) / positives
-    areas = above.mean(axis=1)
-
-    def sums(components: np.ndarray, of: np.ndarray) -> np.ndarray:
-        centred = components - areas[:, None]
-        return np.stack([np.bincount(of, weights=row, minlength=num) for row in centred])
-
-    one, two = sums(above, group[positive]), sums(below, group[~positive])
-    cross = num / (num - 1) * (one @ two.T) / (positives * negatives)
-    covariance = (
-        with_positive / (with_positive - 1) * (one @ one.T) / positives**2
-        + with_negative / (with_negative - 1) * (two @ two.T) / negatives**2
-        + cross
-        + cross.T
-    )
-    return AreaUnderCurve(areas=areas, covariance=covariance, num_groups=num)
-
-
-def mcnemar(
-    one_correct: np.ndarray,
-    two_correct: np.ndarray,
+def subsample_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    one_groups: Sequence | np.ndarray,
+    two_groups: Sequence | np.ndarray,
     *,
-    groups: Sequence | np.ndarray,
-    method: Literal["exact", "mid-p"] = "mid-p",
-) -> Comparison:
-    """Do two classifiers err equally often on the same rows? (McNemar 1947; mid-p as Fagerland et al. 2013.)
+    level: float = 0.95,
+    num_resamples: int = 200,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a statistic of two sets from random halves of their groups, without replacement.
+
+    For Fréchet distance and nearest-neighbour statistics, which repeated rows distort (Politis & Romano 1994).
+    A half of n rows drawn without replacement varies as the whole varies over samples of n, so the deviations of the
+    halves from their own mean are put around the value of all rows. The bias of the statistic at N stays in it.
 
     Args:
-        one_correct, two_correct: bool (N,).
-        groups: (N,); each row must be a group of its own.
+        statistic: (rows of the first set, rows of the second) to a number.
+        one_groups, two_groups: (N,), (M,) the group of each row.
 
     Raises:
-        ValueError: a group of several rows (use `sign_flip_test` there).
+        ValueError: a set with fewer than four groups, or an undefined statistic.
     """
-    one, two = np.asarray(one_correct, bool), np.asarray(two_correct, bool)
-    names = np.asarray(groups)
-    if not one.shape == two.shape == names.shape or one.ndim != 1 or not len(one):
-        raise ValueError(f"one_correct, two_correct, groups: want (N,), got {one.shape} {two.shape} {names.shape}")
-    if len(np.unique(names)) < len(names):
-        raise ValueError("groups: some hold several rows, which are not independent; use sign_flip_test")
-    if method not in ("exact", "mid-p"):
-        raise ValueError(f"method: want 'exact' or 'mid-p', got {method!r}")
-    gained, lost = int((two & ~one).sum()), int((one & ~two).sum())
-    fewer, discordant = min(gained, lost), gained + lost
-    p = 2 * float(stats.binom.cdf(fewer, discordant, 0.5))
-    if method == "mid-p":
-        p -= float(stats.binom.pmf(fewer, discordant, 0.5))
+    _check_level(level, num_resamples)
+    sets = [_Groups(groups, None) for groups in (one_groups, two_groups)]
+    for cluster in sets:
+        if len(cluster.rows) < 4:
+            raise ValueError(f"groups: want at least 4 to halve, got {len(cluster.rows)}")
+    rng = np.random.default_rng(seed)
+
+    def half(cluster: _Groups) -> np.ndarray:
+        chosen = rng.permutation(len(cluster.rows))[: len(cluster.rows) // 2]
+        return np.sort(np.concatenate([cluster.rows[group] for group in chosen]))
+
+    value = _defined(statistic(np.arange(len(sets[0].of_row)), np.arange(len(sets[1].of_row))), "all rows")
+    draws = np.array(
+        [_defined(statistic(half(sets[0]), half(sets[1])), "a random half") for _ in range(num_resamples)]
+    )
+    deviations = draws - draws.mean()
+    low, high = value + np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        value=value,
+        low=float(low),
+        high=float(high),
+        level=level,
+        standard_error=float(draws.std(ddof=1)),
+        method="half subsamples without replacement",
+        num_groups=min(len(cluster.rows) for cluster in sets),
+    )
+
+
+def sign_flip_test(
+    differences: np.ndarray,
+    groups: Sequence | np.ndarray | None = None,
+    *,
+    num_flips: int = 9_999,
+    seed: int = 0,
+) -> Comparison:
+    """Is the mean paired difference zero? Signs are flipped group by group.
+
+    All 2^G flips are counted where there are at most 16 groups, so that the smallest p-value is 2 / 2^G (six seeds
+    can at best give .031); random flips with the observed one counted otherwise (Phipson & Smyth 2010).
+
+    Args:
+        differences: (N,) second arm minus first, per row, per fold or per seed.
+        groups: (N,); None makes each difference its own group.
+
+    Raises:
+        ValueError: fewer than two groups, or values that are not finite.
+    """
+    values = np.asarray(differences, np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(f"differences: want finite (N,), got shape {values.shape}")
+    cluster = _Groups(np.arange(len(values)) if groups is None else groups, None)
+    if len(cluster.of_row) != len(values):
+        raise ValueError(f"groups: want one for each of {len(values)} differences, got {len(cluster.of_row)}")
+    sums = np.array([values[rows].sum() for rows in cluster.rows])
+    exact = len(sums) <= MOST_EXACT_GROUPS
+    if exact:
+        signs = np.array(list(product((1.0, -1.0), repeat=len(sums))))
+    else:
+        signs = 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, (num_flips, len(sums)))
+    extreme = int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()).sum())
     return Comparison(
-        difference=(gained - lost) / len(one),
-        p_value=min(1.0, p),
-        standard_error=math.sqrt(discordant - (gained - lost) ** 2 / len(one)) / len(one),
-        method=f"McNemar, {method}",
-        num_groups=len(one),
+        difference=float(values.mean()),
+        p_value=extreme / len(signs) if exact else (extreme + 1) / (num_flips + 1),
+        standard_error=float(np.sqrt((sums**2).sum()) / len(values)),
+        method=f"sign flip, {'exact' if exact else f'{num_flips} random'}",
+        num_groups=len(sums),
+    )
+
+
+def paired_permutation_test(
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    targets: np.ndarray,
+    one: np.ndarray,
+    two: np.ndarray,
+    groups: Sequence | np.ndarray,
+    *,
+    num_permutations: int = 9_999,
+    seed: int = 0,
+) -> Comparison:
+    """Do two arms score alike in a metric that is no mean over rows (AUC, macro-F1)? Arms are swapped by group.
+
+    Args:
+        metric: (targets (N, …), predictions (N, …)) to a number.
+        targets, one, two: (N, …) what is true and the two arms' predictions of the same rows. Predictions must be
+            on one scale in both arms (probabilities, ranks), since swapping mixes them.
+    """
+    one, two = np.asarray(one), np.asarray(two)
+    cluster = _Groups(groups, None)
+    if not len(targets) == len(one) == len(two) == len(cluster.of_row) or one.shape != two.shape:
+        raise ValueError(
+            f"one, two: want predictions of the same {len(targets)} rows, got {one.shape}, {two.shape}"
+        )
+
+    def difference(swapped: np.ndarray) -> float:
+        rows = swapped[cluster.of_row].reshape(-1, *[1] * (one.ndim - 1))
+        value = metric(targets, np.where(rows, one, two)) - metric(targets, np.where(rows, two, one))
+        return _defined(value, "a permutation")
+
+    rng = np.random.default_rng(seed)
+    observed = difference(np.zeros(len(cluster.rows), bool))
+    draws = np.array([difference(rng.random(len(cluster.rows)) < 0.5) for _ in range(num_permutations)])
+    extreme = int((np.abs(draws) >= abs(observed) - 1e-12).sum())
+    return Comparison(
+        difference=observed,
+        p_value=(extreme + 1) / (num_permutations + 1),
+        standard_error=float(draws.std(ddof=1)),
+        method=f"paired permutation, {num_permutations} random",
+        num_groups=len(cluster.rows),
     )

@@ -20,6 +20,7 @@ CONTEXT: dict[str, Any] = {
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "extract": "cr:extract",
     "field": "cr:field",
@@ -39,6 +40,7 @@ CONTEXT: dict[str, Any] = {
     "regex": "cr:regex",
     "repeated": "cr:repeated",
     "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
     "separator": "cr:separator",
     "source": "cr:source",
@@ -81,10 +83,11 @@ def croissant(
     licences: Sequence[str],
     citations: Sequence[str],
     limitations: str,
+    date: str,
     samples_sha256: str,
     samples_bytes: int,
 ) -> Mapping[str, Any]:
-    """The JSON-LD of one export, as plain data."""
+    """The JSON-LD of one export, as plain data; `date` is ISO 8601, sizes are in bytes."""
     media, glob = _FILES[format]
     return {
         "@context": CONTEXT,
@@ -96,6 +99,7 @@ def croissant(
         "license": list(licences),
         "citeAs": "; ".join(citations),
         "url": "./",
+        "datePublished": date,
         "rai:dataLimitations": limitations,
         "distribution": [
             {

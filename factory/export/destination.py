@@ -72,14 +72,14 @@ def staged_folder(out: str, *, overwrite: bool) -> Iterator[Path]:
 
 def _put_in_place(staging: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
-        os.replace(staging, path)  # rename takes the place of an empty folder
+        staging.replace(path)  # rename takes the place of an empty folder
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    os.replace(path, old)
+    path.replace(old)
     try:
-        os.replace(staging, path)
+        staging.replace(path)
     except OSError:
-        os.replace(old, path)
+        old.replace(path)
         raise
     shutil.rmtree(old)
 

@@ -68,7 +68,7 @@ class Manifest:
         by_role = {part.role: part for part in placed}
         cells: list[str] = [item.row_id, item.split, item.origin, str(item.label), item.label_name]
         for role in ("image", "mask"):
-            part = by_role.get(role)  # type: ignore[call-overload]
+            part = by_role.get(role)
             cells += ["", "", ""] if part is None else [part.path, part.member, part.sha256]
         self._csv.writerow([*cells, *(item.facts.get(name, "") for name in FACTS)])
         for part in placed:

@@ -61,9 +61,7 @@ def read_items(
         yield item
 
 
-def interleave(
-    first: Iterator[Any], num_first: int, second: Iterator[Any], num_second: int
-) -> Iterator[Any]:
+def interleave(first: Iterator[Any], num_first: int, second: Iterator[Any], num_second: int) -> Iterator[Any]:
     """All of both iterators in their order, the elements of the shorter one evenly spread."""
     total, taken = num_first + num_second, 0
     for place in range(total):
@@ -133,7 +131,9 @@ def _note_plan(row: Mapping[str, Any], seen: Provenance) -> None:
     seen.licences[row["licence"]] += 1
     if row["plan_id"] not in seen.plans:
         names = ("recipe", "fingerprint", "seed", "code_version")
-        seen.plans[row["plan_id"]] = {name: row[name] for name in names} | {"weights": dict(row["weights"] or ())}
+        seen.plans[row["plan_id"]] = {name: row[name] for name in names} | {
+            "weights": dict(row["weights"] or ())
+        }
 
 
 def safe_name(text: str) -> str:

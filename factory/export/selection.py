@@ -9,8 +9,9 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from factory.storage import Table, class_names
+from factory.storage import Table, class_names, whole_filter
 
 NEAR_COPY = "near_copy_of_real"
 _AT_ONCE = 1 << 16
@@ -49,6 +50,7 @@ class Selection:
     """The rows that will leave, and what stays behind.
 
     Attributes:
+        choice: what was wanted.
         class_names: the class table, the same in both tables.
         synthetic: the table, at one version.
         real: likewise, or None.
@@ -60,6 +62,7 @@ class Selection:
         notes: what the operator should know.
     """
 
+    choice: Choice
     class_names: tuple[str, ...]
     synthetic: Table
     real: Table | None
@@ -123,6 +126,7 @@ def select(synthetic: Table, real: Table | None, choice: Choice) -> Selection:
         reasons = "; ".join(f"{reason}: {sum(of.values())}" for reason, of in left_out.items())
         raise ValueError(f"no row of {synthetic.uri} is left to export ({reasons or 'the table is empty'})")
     return Selection(
+        choice=choice,
         class_names=names,
         synthetic=synthetic,
         real=real,
@@ -184,12 +188,13 @@ def _filters(table: Table, choice: Choice) -> tuple[str, dict[str, dict[str, int
     """SQL of the rows to draw from, and what each step leaves out, in order, per class."""
     verdict = f"(accepted OR reject_reason = '{NEAR_COPY}')" if choice.include_near_copies else "accepted"
     left_out: dict[str, dict[str, int]] = {}
-    for (label, reason), number in sorted(_pairs(table, ["label_name", "reject_reason"], f"NOT {verdict}").items()):
-        _add(left_out, f"rejected as {reason}", {label: number})
+    rejected = _pairs(table, ["label_name", "reject_reason"], f"NOT {verdict}")
+    for (label, reason), number in sorted(rejected.items(), key=str):
+        _add(left_out, f"rejected as {reason}" if reason else "rejected without a reason", {label: number})
     steps = [("split of its background is not train", "split = 'train'")]
     if choice.where.strip():
-        table.count(choice.where)  # must be a filter by itself
-        steps.append(("not in --where", f"({choice.where})"))
+        table.count(choice.where)  # a filter that cannot be read is refused with its own words
+        steps.append(("not in --where", whole_filter(choice.where)))
     if choice.needs_mask:
         steps.append(("synthetic row without mask", "mask IS NOT NULL"))
     wanted = verdict
@@ -209,8 +214,8 @@ def _add(left_out: dict[str, dict[str, int]], reason: str, numbers: Mapping[str,
             of_reason[label] = of_reason.get(label, 0) + number
 
 
-def _pairs(table: Table, columns: Sequence[str], filter: str) -> Counter[tuple[str, ...]]:
-    found: Counter[tuple[str, ...]] = Counter()
+def _pairs(table: Table, columns: Sequence[str], filter: str) -> Counter[tuple[Any, ...]]:
+    found: Counter[tuple[Any, ...]] = Counter()
     for batch in table.query_batches(filter, columns=columns, batch_size=_AT_ONCE):
         found.update(zip(*(batch.column(name).to_pylist() for name in columns)))
     return found

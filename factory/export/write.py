@@ -1,6 +1,7 @@
 """One export from tables to folder: rows selected, streamed through a writer, listed, described, put in place."""
 
-import json
+import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from factory.export.rows import Provenance, read_items, safe_name
 from factory.export.selection import Choice, Selection, select
 from factory.storage import Table
 from factory.version import code_version
+
+_MAX_CLASSES = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +74,22 @@ class ExportResult:
 
 
 def write_export(
-    synthetic: Table,
-    real: Table | None,
-    choice: Choice,
+    selection: Selection,
     settings: ExportSettings,
     progress: Callable[[str, int], Any] | None = None,
 ) -> ExportResult:
     """Export; the folder is there whole afterwards, or as it was.
 
     Args:
-        synthetic, real: tables at the version to export.
-        choice: which rows; `needs_mask` follows from the format.
+        selection: which rows, from `plan_export` with the same settings.
         settings: how.
         progress: (name, total rows) → context manager that gives a function to call with rows done.
 
     Raises:
         FileExistsError, FileNotFoundError: the folder may not be written.
-        ValueError: bad choice, nothing to export, or a row that the format cannot hold.
+        ValueError: a row that the format cannot hold; names it.
     """
     path = check_destination(settings.out, overwrite=settings.overwrite)
-    selection = plan_export(synthetic, real, choice, settings)
     layout = ExportLayout(
         name=safe_name(settings.name or path.name),
         class_names=selection.class_names,
@@ -100,30 +99,30 @@ def write_export(
         rows_per_shard=settings.rows_per_shard,
     )
     seen = Provenance()
-    with staged_folder(settings.out, overwrite=settings.overwrite) as staging:
-        with Manifest(staging, _head(selection, settings, layout)) as manifest:
-            writer = FORMATS[settings.format](staging, layout)
-            items = read_items(
-                selection, seen, channels=settings.channels, mask_values=settings.mask_values
-            )
-            with _progress(progress, selection.num_rows) as advance:
-                for item in items:
-                    manifest.add(item, writer.add(item))
-                    advance(1)
-            writer.finish()
-            _check_counts(selection, seen)
-            facts = CardFacts(
-                name=layout.name,
-                format=settings.format,
-                selection=selection,
-                seen=seen,
-                tag=settings.tag,
-                command=settings.command,
-                samples_sha256=manifest.close_samples(),
-                samples_bytes=(staging / SAMPLES).stat().st_size,
-            )
-            write_card(staging, facts)
-            manifest.finish()
+    with (
+        staged_folder(settings.out, overwrite=settings.overwrite) as staging,
+        Manifest(staging, _head(selection, settings, layout)) as manifest,
+    ):
+        writer = FORMATS[settings.format](staging, layout)
+        items = read_items(selection, seen, channels=settings.channels, mask_values=settings.mask_values)
+        with _progress(progress, selection.num_rows) as advance:
+            for item in items:
+                manifest.add(item, writer.add(item))
+                advance(1)
+        writer.finish()
+        _check_counts(selection, seen)
+        facts = CardFacts(
+            name=layout.name,
+            format=settings.format,
+            selection=selection,
+            seen=seen,
+            tag=settings.tag,
+            command=settings.command,
+            samples_sha256=manifest.close_samples(),
+            samples_bytes=(staging / SAMPLES).stat().st_size,
+        )
+        write_card(staging, facts)
+        manifest.finish()
     return ExportResult(
         folder=str(path),
         num_rows=selection.num_rows,
@@ -133,19 +132,24 @@ def write_export(
     )
 
 
-def plan_export(
-    synthetic: Table, real: Table | None, choice: Choice, settings: ExportSettings
-) -> Selection:
-    """What `write_export` would write, without reading an image."""
-    import dataclasses
+def plan_export(synthetic: Table, real: Table | None, choice: Choice, settings: ExportSettings) -> Selection:
+    """Which rows will leave; no image is read, nothing is written.
 
-    if settings.mask_values == "class" and len(synthetic.metadata.get("class_names", "[]")) > 2:
-        number = len(json.loads(synthetic.metadata["class_names"]))
-        if number > 255:
-            raise ValueError(f"--mask-values class: {number} classes do not fit into an 8-bit mask")
-    return select(
-        synthetic, real, dataclasses.replace(choice, needs_mask=settings.format in NEEDS_MASK)
-    )
+    Args:
+        synthetic, real: tables at the version to export.
+        choice: which rows; `needs_mask` follows from the format.
+        settings: how.
+
+    Raises:
+        ValueError: bad choice, or nothing to export.
+    """
+    choice = dataclasses.replace(choice, needs_mask=settings.format in NEEDS_MASK)
+    selection = select(synthetic, real, choice)
+    if settings.mask_values == "class" and len(selection.class_names) > _MAX_CLASSES:
+        raise ValueError(
+            f"--mask-values class: {len(selection.class_names)} classes do not fit into an 8-bit mask"
+        )
+    return selection
 
 
 def _head(selection: Selection, settings: ExportSettings, layout: ExportLayout) -> dict[str, Any]:
@@ -176,8 +180,6 @@ def _check_counts(selection: Selection, seen: Provenance) -> None:
 
 
 def _progress(progress: Callable[[str, int], Any] | None, total: int) -> Any:
-    import contextlib
-
     if progress is not None:
         return progress("export", total)
     return contextlib.nullcontext(lambda rows: None)

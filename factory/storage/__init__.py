@@ -18,6 +18,7 @@ from factory.storage.quarantine import IntentLog, QuarantinedRequest, Quarantine
 from factory.storage.real import TestAccess, class_names, real_digest, real_rows, test_accesses
 from factory.storage.reconciliation import Reconciliation
 from factory.storage.table import Table, open_table
+from factory.storage.verdicts import whole_filter
 from factory.storage.writer import FragmentRecord, write_fragment
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "real_digest",
     "real_rows",
     "test_accesses",
+    "whole_filter",
     "write_fragment",
     "write_table",
 ]

@@ -34,13 +34,39 @@ def effective_expressions(schema: pa.Schema) -> dict[str, str]:
     }
 
 
+def whole_filter(filter_text: str) -> str:
+    """The filter in brackets, fit to be joined to other conditions.
+
+    Lance ignores what follows a complete expression, so that ``a) OR (b`` or a comment would undo what a filter is
+    joined to.
+
+    Raises:
+        ValueError: its brackets do not match, or it holds a comment or a semicolon.
+    """
+    tokens = [match.group() for match in _TOKEN.finditer(filter_text)]
+    depth = 0
+    for position, token in enumerate(tokens):
+        depth += (token == "(") - (token == ")")
+        pair = token + "".join(tokens[position + 1 : position + 2])
+        if depth < 0:
+            break
+        if token == ";" or pair in ("--", "/*"):
+            raise ValueError(
+                f"filter {filter_text!r}: one expression is wanted, without comments or semicolons"
+            )
+    if depth:
+        raise ValueError(f"filter {filter_text!r}: its brackets do not match")
+    return f"({filter_text})"
+
+
 def expand_filter(filter_text: str, schema: pa.Schema) -> str:
-    """`filter_text` in the SQL that Lance takes.
+    """`filter_text` in the SQL that Lance takes, in brackets, so that nothing behind it is ignored.
 
     The names `accepted` and `reject_reason`, bare or backquoted, become the effective verdicts, and
     ``scores['contrast']`` (of any map column) becomes the value of that key. Text inside string literals and
     fields after a dot are left alone.
     """
+    filter_text = whole_filter(filter_text)
     expressions = effective_expressions(schema)
     maps = {field.name for field in schema if pa.types.is_map(field.type)}
     tokens = [match.group() for match in _TOKEN.finditer(filter_text)]

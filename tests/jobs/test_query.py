@@ -214,6 +214,14 @@ def test_a_tag_gives_the_verdicts_of_its_version(uri: str, capsys: pytest.Captur
     open_table(uri).write_columns(undo, "request_id")
 
 
+@pytest.mark.parametrize("text", ["label = 0) OR (true", "label = 0) x", "true /* ", "true) -- ("])
+def test_no_filter_undoes_the_guard_of_the_test_split(
+    real_uri: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["query", real_uri, text]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
 def test_the_test_split_of_real_rows_is_left_out(real_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     for argv in ([real_uri], [real_uri, "split = 'test' OR label = 0"], [real_uri, "--like", f"{3:032x}"]):
         found = rows(capsys, *argv)

@@ -2,6 +2,7 @@
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -246,3 +247,27 @@ def test_an_error_of_the_source_is_raised_as_it_is(tmp_path):
 
     with pytest.raises(KeyError, match="image 7 is truncated"):
         write_table(str(tmp_path / "x.lance"), batches(), real_schema(DIM))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "label = 0) OR (true",
+        "(label = 0",
+        "true) -- (",
+        "true -- ",
+        "label = 0 /* x */",
+        "label = 0; x",
+        "label = 0 x",
+    ],
+)
+def test_a_filter_that_is_not_whole_is_refused(tmp_path: Path, text: str) -> None:
+    """Lance ignores what follows a complete expression; joined to a guard it would undo that."""
+    table = synthetic_table(tmp_path)
+    with pytest.raises(ValueError, match="filter|Lance|parsing|Query"):
+        table.count(text)
+
+
+def test_brackets_and_marks_inside_literals_are_no_brackets(tmp_path: Path) -> None:
+    table = synthetic_table(tmp_path)
+    assert table.count("label_name = ')--;/*' OR label_name = '('") == 0
