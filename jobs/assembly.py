@@ -34,8 +34,11 @@ def make_request_stage(recipe: Recipe, plan: SynthesisPlan, rows: Sequence[Train
 
 
 def in_colour(rows: Sequence[TrainingRow]) -> bool:
-    """Whether synthetic images keep three channels: where a training image has them."""
-    return any(row.image.ndim == 3 for row in rows)
+    """Whether synthetic images keep three channels: where most training images have them.
+
+    A few grey images with coloured marks do not make a dataset of colour images.
+    """
+    return 2 * sum(row.image.ndim == 3 for row in rows) > len(rows)
 
 
 def synthesizer_settings(

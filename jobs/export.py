@@ -21,8 +21,12 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from tyro.conf import Positional
 
+from factory.imaging import decode_png
+
 if TYPE_CHECKING:
+    from factory.export.items import Channels
     from factory.export.write import ExportResult
+    from factory.storage import Table
 
 _DATASET_FOLDER = "Dataset"
 
@@ -56,8 +60,8 @@ class Args:
     """Version of the synthetic table by number."""
     name: str = ""
     """Of the dataset, in the card; the folder's name by default."""
-    channels: Literal["as-stored", "grey", "rgb"] = "as-stored"
-    """Write every image as grey or as rgb."""
+    channels: Literal["auto", "as-stored", "grey", "rgb"] = "auto"
+    """Write every image as grey or as rgb; auto: as stored, and for nnunet, which wants one kind, as the synthetic ones."""
     mask_values: Literal["stored", "class"] = "stored"
     """stored: label maps as in the table (lesion 1); class: a lesion has 1 + the index of its class."""
     rows_per_shard: int = 1000
@@ -83,6 +87,7 @@ def run(args: Args) -> "ExportResult":
     from factory.tracking import track
     from jobs.progress import progress_bar
 
+    table = open_table(args.table, version=args.version, tag=args.tag)
     choice = Choice(
         where=args.where,
         include_near_copies=args.include_near_copies,
@@ -95,14 +100,13 @@ def run(args: Args) -> "ExportResult":
         out=args.out,
         overwrite=args.overwrite,
         name=args.name,
-        channels=args.channels,
+        channels=_channels(args, table),
         mask_values=args.mask_values,
         rows_per_shard=args.rows_per_shard,
         command=portable_command(args),
         tag=args.tag,
     )
     check_destination(args.out, overwrite=args.overwrite)
-    table = open_table(args.table, version=args.version, tag=args.tag)
     real = None if args.real is None else open_table(args.real)
     selection = plan_export(table, real, choice, settings)
     if args.plan:
@@ -124,6 +128,16 @@ def run(args: Args) -> "ExportResult":
         for name in ("README.md", "croissant.json"):
             tracked.artifact(Path(result.folder) / name)
     return result
+
+
+def _channels(args: Args, table: "Table") -> "Channels":
+    """How images are written: as stored, or as the first synthetic image is where the format wants one kind."""
+    if args.channels != "auto":
+        return args.channels
+    first = table.read(["image"], limit=1)["image"].to_pylist() if args.format == "nnunet" else []
+    if not first:
+        return "as-stored"
+    return "grey" if decode_png(first[0]).ndim == 2 else "rgb"
 
 
 def portable_command(args: Args) -> str:

@@ -14,6 +14,7 @@ process; `--num-workers N` trains in N Ray workers.
 """
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -350,6 +351,7 @@ def _following(args: Args) -> str:
         f"factory synthesize --recipe {args.recipe} --generator {args.adapt_from or args.out} "
         + (f"--adapters {args.out} " if args.adapt_from else "")
         + f"--real {args.real} --num-requests 128 --out synthetic.lance"
+        + "".join(f" {shlex.quote(word)}" for word in args.overrides)
     )
 
 

@@ -1,6 +1,6 @@
 """Latents and prompt embeddings, computed once and kept in tables beside the real one.
 
-    REAL.cache/latents-<VAE digest>-<resolution>.lance      key, flipped, mean, logvar
+    REAL.cache/latents-2-<VAE digest>-<resolution>.lance    key, flipped, mean, logvar
     REAL.cache/prompts-<text encoder digest>.lance          prompt, embedding
 
 The keys name what was computed, so a table never goes stale: rows are found by image_id (a hash of the pixels;
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from factory.training.task import TrainingTask
 
 NULL_PROMPT = ""
+_LAYOUT = 2  # of the columns: a cache of an older layout is not read
 _FIRST_FLUSH = 256
 
 Encode = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
@@ -63,7 +64,7 @@ def cache_key(row: TrainingRow, hidden: bool) -> str:
 def latents_uri(real: str, generator: "LatentDiffusion") -> str:
     """Where the latents of the rows of `real` lie for this generator's VAE and resolution."""
     digest = digest_part(generator.vae_folder(), "vae")
-    return f"{real.rstrip('/')}.cache/latents-{digest}-{generator.resolution}.lance"
+    return f"{real.rstrip('/')}.cache/latents-{_LAYOUT}-{digest}-{generator.resolution}.lance"
 
 
 def prompts_uri(real: str, generator: "LatentDiffusion") -> str:
