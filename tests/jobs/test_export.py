@@ -56,6 +56,37 @@ def test_a_mix_is_written_printed_and_recorded(
     assert inputs == {"synthetic", "real"}
 
 
+def test_real_images_in_colour_follow_the_synthetic_ones_where_one_kind_is_wanted(
+    tables: tuple[str, str], tmp_path: Path
+) -> None:
+    """A few images with coloured marks must not stop an export of grey ultrasound."""
+    import numpy as np
+    import pyarrow as pa
+
+    from factory.export.items import image_shape
+    from factory.imaging import encode_png
+    from factory.storage import write_table
+
+    synthetic, real = tables
+    table = open_table(real)
+    rows = table.read().to_pylist()
+    first = next(row for row in rows if row["split"] == "train")
+    colour = np.zeros((first["height"], first["width"], 3), np.uint8)
+    colour[:, :, 0] = 200
+    first["image"] = encode_png(colour)
+    mixed = str(tmp_path / "mixed.lance")
+    write_table(mixed, pa.Table.from_pylist(rows, schema=table.schema), table.schema, metadata=table.metadata)
+    run(Args(table=synthetic, real=mixed, ratio=1.0, format="nnunet", out=str(tmp_path / "nnunet")))
+    shapes = {image_shape(path.read_bytes())[2] for path in (tmp_path / "nnunet" / "imagesTr").iterdir()}
+    assert shapes == {1}
+    run(Args(table=synthetic, real=mixed, ratio=1.0, format="folder", out=str(tmp_path / "folder")))
+    stored = {
+        image_shape(path.read_bytes())[2]
+        for path in (tmp_path / "folder" / "train" / "images").rglob("*.png")
+    }
+    assert stored == {1, 3}, "folders keep what is stored"
+
+
 def test_a_plan_writes_nothing(
     tables: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
