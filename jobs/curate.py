@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from factory.curation.planted import Power
     from factory.embedding import EmbedderSpec
     from factory.storage import Table
+    from jobs.curation_closeness import ClosenessFinding
     from jobs.curation_copies import CopyFindings
     from jobs.curation_rows import RealRows, SyntheticRows
 
@@ -92,6 +93,7 @@ class CurationResult:
         copy_thresholds: correlation in force per region; empty without the copy test.
         power: what the copy test finds of planted copies, where measured.
         false_alarm: share of validation images called copies, where there are at least 20.
+        closeness: whether the generator lies closer to its training images than to held-out ones.
         seconds: of the whole run.
     """
 
@@ -107,6 +109,7 @@ class CurationResult:
     copy_thresholds: "Mapping[Region, float]"
     power: "Power | None"
     false_alarm: float | None
+    closeness: "ClosenessFinding"
     seconds: float
 
 
@@ -151,6 +154,7 @@ def _curate(
 
     from factory.curation import dedup
     from factory.curation.memorisation import CopyTest
+    from jobs.curation_closeness import find_closeness
     from jobs.curation_copies import CopyFindings, find_copies
     from schemas.sample import RejectReason
 
@@ -203,7 +207,10 @@ def _curate(
         "power": None if copies.power is None else dataclasses.asdict(copies.power),
         "false_alarm": copies.false_alarm,
     }
-    table.set_metadata({f"curation.{tag}": json.dumps(record, sort_keys=True)})
+    closeness = find_closeness(real_table, real, rows)
+    table.set_metadata(
+        {f"curation.{tag}": json.dumps(record, sort_keys=True), f"memorisation.{tag}": closeness.to_json()}
+    )
     table.tag(tag)
     counts = Counter(zip(rows.labels, (reason or "accepted" for reason in reasons)))
     return CurationResult(
@@ -222,6 +229,7 @@ def _curate(
         copy_thresholds=copies.thresholds,
         power=copies.power,
         false_alarm=copies.false_alarm,
+        closeness=closeness,
         seconds=0.0,
     )
 
@@ -343,6 +351,9 @@ def _metrics(result: CurationResult) -> dict[str, float]:
         values["duplicate_similarity"] = result.duplicate_similarity
     if result.false_alarm is not None:
         values["copy_false_alarm"] = result.false_alarm
+    if result.closeness.outcome is not None:
+        values["closeness_difference"] = result.closeness.outcome.difference
+        values["closeness_p_value"] = result.closeness.outcome.p_value
     if result.power is not None:
         values |= {f"planted_detected.{kind}": share for kind, share in result.power.detected.items()}
     return values
@@ -379,6 +390,8 @@ def print_result(result: CurationResult) -> None:
             )
         elif not result.rejected.get("near_copy_of_real"):
             print("copies: not detected, at that power")
+    for line in result.closeness.lines():
+        print(line)
     share = result.accepted / max(result.total, 1)
     print(f"accepted {result.accepted} of {result.total} ({share:.0%})")
     print(

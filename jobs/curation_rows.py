@@ -1,7 +1,7 @@
 """What curation reads of its two tables: everything but pixels, ordered by id so that row order changes nothing."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RealRows:
-    """Training rows by image_id: ids, groups, embeddings (n, D); the version read."""
+    """Rows of one split by image_id: ids, groups, embeddings (n, D); the version read."""
 
     image_ids: list[str]
     groups: list[str]
@@ -37,17 +37,22 @@ def _vectors(column: pa.Array, dim: int) -> np.ndarray:
     return column.flatten().to_numpy().reshape(-1, dim).astype(np.float32)
 
 
-def read_real(table: "Table") -> RealRows:
+def read_real(table: "Table", split: Literal["train", "val"] = "train") -> RealRows:
+    """The rows of a split.
+
+    Raises:
+        ValueError: there is none.
+    """
     dim = table.schema.field("embedding").type.list_size
     image_ids: list[str] = []
     groups: list[str] = []
     vectors = [np.empty((0, dim), np.float32)]
-    for batch in table.batches(["image_id", "group_id", "embedding"], filter="split = 'train'"):
+    for batch in table.batches(["image_id", "group_id", "embedding"], filter=f"split = '{split}'"):
         image_ids += batch.column("image_id").to_pylist()
         groups += batch.column("group_id").to_pylist()
         vectors.append(_vectors(batch.column("embedding"), dim))
     if not image_ids:
-        raise ValueError(f"--real {table.uri} has no training rows")
+        raise ValueError(f"--real {table.uri} has no rows of split {split}")
     order = np.argsort(image_ids, kind="stable")
     return RealRows(
         image_ids=[image_ids[k] for k in order],

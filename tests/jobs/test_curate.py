@@ -349,3 +349,37 @@ def test_the_measured_power_is_told(
     warned = capsys.readouterr().out
     assert "WARNING: the copy test misses most planted copies of kind shift," in warned
     assert "not detected" not in warned
+
+
+def test_a_generator_that_lies_closer_to_its_training_images_is_told(
+    real: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An overfitted generator is flagged without any single row being called a copy."""
+    rng = np.random.default_rng(1)
+    blurred = [
+        np.clip(REAL[k % TRAIN].image + rng.normal(0, 12, REAL[0].image.shape), 0, 255).astype(np.uint8)
+        for k in range(2 * TRAIN)
+    ]
+    overfitted = write_synthetic(tmp_path / "overfitted.lance", [Row(image) for image in blurred])
+    result = run(Args(table=overfitted, real=real, copy_test=False, duplicate_similarity=1.0))
+    print_result(result)
+    assert "it memorises" in capsys.readouterr().out
+    recorded = json.loads(open_table(overfitted).metadata["memorisation.curated-1"])
+    assert recorded["verdict"] == "memorising" and recorded["p_value"] <= 0.01
+    assert recorded["num_references"] == VAL and recorded["planted"]["0.2"] <= 0.05
+
+    honest = write_synthetic(tmp_path / "honest.lance", phantoms(29, 40))
+    result = run(Args(table=honest, real=real, copy_test=False, duplicate_similarity=1.0))
+    print_result(result)
+    out = capsys.readouterr().out
+    assert "it memorises" not in out and "closeness to training images: cosine" in out
+    assert json.loads(open_table(honest).metadata["memorisation.curated-1"])["verdict"] == "not detected"
+
+
+def test_rows_on_a_patients_background_are_not_tested_for_closeness(real: str, tmp_path: Path) -> None:
+    uri = write_synthetic(
+        tmp_path / "derived.lance", [Row(REAL[5].image, REAL[5].mask, derived_from="group-5")]
+    )
+    result = run(Args(table=uri, real=real, copy_test=False))
+    assert result.closeness.outcome is None and "derived from training images" in result.closeness.note
+    assert "derived" in json.loads(open_table(uri).metadata["memorisation.curated-1"])["not_done"]
