@@ -60,6 +60,10 @@ VERBS = {
         module="jobs.export",
         about="write rows, alone or with real ones, for nnU-Net, Hugging Face, WebDataset, COCO or as folders",
     ),
+    "release": Verb(
+        module="jobs.release",
+        about="tag, card, checksums and record of a curated table, or why it may not leave",
+    ),
     "browse": Verb(module="jobs.browse", about="look through a table in a browser, on this machine only"),
     "maintain": Verb(module="jobs.maintain", about="compact a table, index it, remove old versions"),
     "reproduce": Verb(module="jobs.reproduce", about="make one row again from its provenance and compare"),
