@@ -50,6 +50,9 @@ VERBS = {
     "synthesize": Verb(
         module="jobs.synthesize", about="make annotated images into a synthetic table", resumes=True
     ),
+    "status": Verb(
+        module="jobs.status", about="how far the plans of a table are, while a job runs or after it died"
+    ),
     "curate": Verb(
         module="jobs.curate",
         about="mark duplicates, copies and outliers; say why each was rejected",

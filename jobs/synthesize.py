@@ -85,6 +85,9 @@ def run(args: Args) -> SynthesisResult | None:
     table = open_table(args.out)
     if key not in table.metadata:
         table.set_metadata({key: json.dumps(plan_record(args, prepared), sort_keys=True)})
+    asked = json.dumps(dict(prepared.counts), sort_keys=True)
+    if open_table(args.out).metadata.get(f"requested.{prepared.plan.plan_id}") != asked:
+        open_table(args.out).set_metadata({f"requested.{prepared.plan.plan_id}": asked})
     return _run_stream(args, prepared, start)
 
 

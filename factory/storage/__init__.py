@@ -17,6 +17,7 @@ from factory.storage.maintenance import Maintenance, maintain
 from factory.storage.quarantine import IntentLog, QuarantinedRequest, QuarantineLog
 from factory.storage.real import TestAccess, class_names, real_digest, real_rows, test_accesses
 from factory.storage.reconciliation import Reconciliation
+from factory.storage.status import PlanStatus, plan_status
 from factory.storage.table import Table, open_table
 from factory.storage.verdicts import whole_filter
 from factory.storage.writer import FragmentRecord, write_fragment
@@ -30,6 +31,7 @@ __all__ = [
     "LeaseHeld",
     "LeaseLost",
     "Maintenance",
+    "PlanStatus",
     "QuarantineLog",
     "QuarantinedRequest",
     "Reconciliation",
@@ -42,6 +44,7 @@ __all__ = [
     "ledger_folder",
     "maintain",
     "open_table",
+    "plan_status",
     "real_digest",
     "real_rows",
     "test_accesses",

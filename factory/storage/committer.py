@@ -17,7 +17,6 @@ import dataclasses
 import json
 import logging
 import time
-from collections import Counter
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,8 +36,8 @@ from factory.storage.reconciliation import (
     Reconciliation,
     check_distinct,
     committed_indices,
-    count_verdicts,
 )
+from factory.storage.status import reconcile
 from factory.storage.table import open_table
 from factory.storage.writer import RECORDS, FragmentRecord, missing_data_file
 
@@ -222,24 +221,7 @@ class Committer:
         """
         self._reload()
         check_distinct(self._dataset, self.plan_id)
-        wanted = IndexSet()
-        wanted.add(np.asarray(indices, np.int64))
-        verdicts = count_verdicts(self._dataset, self.plan_id, wanted)
-        quarantined = [
-            entry.reason
-            for entry in QuarantineLog(self.uri, self.plan_id).entries()
-            if wanted.contains(index := np.array([entry.request_index], np.int64))[0]
-            and not self._committed.contains(index)[0]
-        ]
-        committed = verdicts.total()
-        return Reconciliation(
-            requested=len(wanted),
-            committed=committed,
-            accepted=verdicts.pop("", 0),
-            rejected=dict(sorted(verdicts.items())),
-            quarantined=dict(sorted(Counter(quarantined).items())),
-            pending=len(wanted) - committed - len(quarantined),
-        )
+        return reconcile(self._dataset, self.uri, self.plan_id, indices, self._committed)
 
     def _reload(self) -> None:
         """Read from the table which requests are committed, and which columns its rows must have."""
