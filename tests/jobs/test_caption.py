@@ -104,7 +104,7 @@ def test_expand_adds_new_captions_per_class_and_replaces_earlier_ones(
     before = {c.caption for c in read_captions(out)}
     arguments = ["--captions", out, "--generator.base", base]
     assert command(["--expand", "6", *arguments]) == 0
-    assert "6" in capsys.readouterr().out
+    assert "12 expanded, 24 real" in capsys.readouterr().out, "six of each class"
     expanded = [c for c in read_captions(out) if c.kind == "expanded"]
     assert {label: sum(c.label_name == label for c in expanded) for label in LABELS} == {
         NAEVUS: 6,
