@@ -163,5 +163,5 @@ class Recipe:
         elif isinstance(prompts, LabelPrompt):
             text = prompts.template
         else:
-            text = prompts.template if prompts.template_without_lesion is None else ""
+            text = ""  # its two templates differ
         return frozenset(text.replace(".", " ").replace(",", " ").split())
