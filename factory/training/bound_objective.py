@@ -1,5 +1,6 @@
 """Objectives at work: torch modules that look into the denoiser while it runs and give a loss per image."""
 
+import abc
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from factory.training.objectives import PredictionStep
 
 
-class BoundObjective(nn.Module):
+class BoundObjective(nn.Module, abc.ABC):
     """The base of what `Objective.bind` returns; a subclass gives `loss` and, where it needs them, the others.
 
     Its parameters are trained with the denoiser and kept in the run's checkpoints; they are no part of the
@@ -24,9 +25,9 @@ class BoundObjective(nn.Module):
         """What becomes of the captured values: a tensor, a mapping of tensors, or None. Called after the denoiser."""
         return None
 
+    @abc.abstractmethod
     def loss(self, step: PredictionStep, output: Any) -> Tensor:
         """Loss of each image, float32 (B,); `output` is what `forward` gave."""
-        raise NotImplementedError
 
     def metrics(self, step: PredictionStep, output: Any) -> Mapping[str, Tensor]:
         """Further numbers of each image to report, (B,) each; not minimised."""
