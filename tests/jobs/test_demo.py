@@ -12,6 +12,7 @@ from factory import geometry
 from factory.curation.planted import Power
 from factory.imaging import encode_png
 from jobs import demo, demo_report
+from jobs.curation_closeness import ClosenessFinding
 from jobs.curate import CurationResult, NearestPair
 from jobs.synthesize import SynthesisResult
 from schemas.sample import (
@@ -212,6 +213,7 @@ def curation() -> CurationResult:
         copy_thresholds={"frame": 0.7},
         power=Power(detected={"noise": 1.0, "crop": 0.75}, attributed=1.0, num_images=4),
         false_alarm=None,
+        closeness=ClosenessFinding(outcome=None, note="too few groups"),
         seconds=1.0,
     )
 
