@@ -12,8 +12,8 @@ from factory import geometry
 from factory.curation.planted import Power
 from factory.imaging import encode_png
 from jobs import demo, demo_report
-from jobs.curation_closeness import ClosenessFinding
 from jobs.curate import CurationResult, NearestPair
+from jobs.curation_closeness import ClosenessFinding
 from jobs.synthesize import SynthesisResult
 from schemas.sample import (
     RealSample,
