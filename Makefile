@@ -28,8 +28,8 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 demo: setup
 	$(BIN)/factory demo
 
-# Two halves at once: what starts Ray or prepares real data mostly waits, the rest computes.
-SLOW_TESTS := tests/jobs tests/cluster tests/datasets
+# Two halves at once: what starts Ray mostly waits, the rest computes.
+SLOW_TESTS := tests/jobs tests/cluster
 test: setup
 	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu" $(SLOW_TESTS) > $$log 2>&1 & slow=$$!; \
 	$(BIN)/python -m pytest -m "not gpu" tests $(SLOW_TESTS:%=--ignore=%); rest=$$?; \
