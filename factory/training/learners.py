@@ -5,16 +5,15 @@ The loop knows a learner only by `draw(shard) -> batch`, `step(batch) -> metrics
 optimizers, or one that is no diffusion model, runs in the same loop.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from factory.diffusion.conditions import Conditions
+from factory.training.averaged_learner import AveragedLearner
 from factory.training.bound_objective import ObservedDenoiser
-from factory.training.ema import MovingAverage
 from factory.training.examples import DiffusionBatch, Examples
 from factory.training.mixture import Shard
 from factory.training.objectives import (
@@ -30,7 +29,7 @@ from factory.training.world import World
 from schemas.identity import torch_seed
 
 
-class DiffusionLearner:
+class DiffusionLearner(AveragedLearner):
     """Trains a denoiser's trainable parameters on cached latents.
 
     Args:
@@ -64,7 +63,7 @@ class DiffusionLearner:
         validation: DiffusionBatch | None = None,
     ) -> None:
         assert prediction_type in PREDICTION_TYPES, prediction_type
-        self.settings, self.world = settings, world
+        self.world = world
         self.examples, self.validation = examples, validation
         self.prediction_type = prediction_type
         self._conditions = conditions
@@ -83,21 +82,23 @@ class DiffusionLearner:
         bound = {type(o).__name__: o.bind(context) for o in objectives}  # type: ignore[arg-type]
         self._observed = ObservedDenoiser(denoiser, bound).to(world.device)
         self._bound = bound
-        self.parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-        if not self.parameters:
+        parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        if not parameters:
             raise ValueError("denoiser: no parameter requires a gradient, nothing would be trained")
-        self.parameters |= {
+        parameters |= {
             f"objectives.{name}": p
             for name, p in self._observed.objectives.named_parameters()
             if p.requires_grad
         }
-        self.ema = MovingAverage(self.parameters, settings.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+        optimizer = torch.optim.AdamW(
+            list(parameters.values()),
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
             fused=on_cuda or None,
+        )
+        super().__init__(
+            network=denoiser, parameters=parameters, optimizers={"main": optimizer}, settings=settings
         )
         self._ddp = world.prepare(self._observed)
         self._model: Callable[..., tuple[Tensor, dict[str, Any]]] = (
@@ -111,33 +112,11 @@ class DiffusionLearner:
     def step(self, batch: DiffusionBatch) -> dict[str, Tensor]:
         """One optimizer update from this process's share of a global batch. Returns scalars on the device."""
         self._observed.train()
-        learning_rate = self.settings.learning_rate_at(batch.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.set_learning_rate(batch.step)
         # Dropout inside a module, where there is any, is a function of (seed, step) too.
         torch.manual_seed(torch_seed(f"training/{self.settings.seed}/{batch.step}", "modules"))
         parts = batch.to(self.world.device).split(self.settings.gradient_accumulation_steps)
-        totals: dict[str, Tensor] = {}
-        for number, part in enumerate(parts):
-            with self._gradients_stay_local(number < len(parts) - 1):
-                losses = self._losses(self._model, part)
-                (losses["loss"].mean() / len(parts)).backward()
-            for name, value in losses.items():
-                mean = value.detach().mean() / len(parts)
-                totals[name] = totals[name] + mean if name in totals else mean
-        totals["grad_norm"] = nn.utils.clip_grad_norm_(
-            list(self.parameters.values()), self.settings.max_grad_norm
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        return totals
-
-    def _gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager[Any]:
-        """Only the last micro-batch averages gradients over the processes."""
-        if local and isinstance(self._ddp, nn.parallel.DistributedDataParallel):
-            return self._ddp.no_sync()
-        return contextlib.nullcontext()
+        return self.descend(self._ddp, parts, lambda part: self._losses(self._model, part))
 
     def _losses(self, model: Callable[..., Any], batch: DiffusionBatch) -> dict[str, Tensor]:
         """Loss of each image, (b,): "loss" is the weighted sum; each objective also by name if there are several."""
@@ -208,44 +187,6 @@ class DiffusionLearner:
                 for name, value in values.items():
                     found.setdefault(name, []).append(value)
         return {name: torch.cat(parts).mean().item() for name, parts in found.items()}
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The denoiser holds the averaged weights inside the block, in evaluation mode."""
-        self.denoiser.eval()
-        with self.ema.applied():
-            yield
-
-    def finish(self) -> None:
-        """Leaves the averaged weights in the denoiser, for saving."""
-        self.ema.copy_to_parameters()
-        self.denoiser.eval()
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Trained parameters and their averages, by name."""
-        return {"trainable": dict(self.parameters), "ema": self.ema.tensors()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizer state and counters: tensors and plain values."""
-        return {"optimizer": self.optimizer.state_dict(), "ema_updates": self.ema.num_updates}
-
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Restores `tensors()` and `state_dict()` exactly.
-
-        Raises:
-            ValueError: the parameters are not the same ones.
-        """
-        saved = tensors["trainable"]
-        different = sorted(set(saved) ^ set(self.parameters))
-        if different:
-            raise ValueError(
-                f"checkpoint: {len(different)} trained parameters differ from this run's, first {different[0]}"
-            )
-        with torch.no_grad():
-            for name, value in saved.items():
-                self.parameters[name].copy_(value)
-        self.ema.load(tensors["ema"], int(state["ema_updates"]))
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def uses_bf16(settings: TrainingSettings, device: str) -> bool:

@@ -4,8 +4,7 @@ They keep the protocol of `loop.Learner`. Every draw (mirroring, z, target curva
 of (seed, step, position), so a resumed run takes the same steps.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from factory.generators.mask_gan_model import (
     box_iou,
     box_maps,
 )
-from factory.training.ema import MovingAverage
+from factory.training.averaged_learner import AveragedLearner
 from factory.training.mask_batches import (
     MEASURED_AT_ONCE,
     LesionDraws,
@@ -43,18 +42,7 @@ def _adam(
     return torch.optim.Adam(list(parameters.values()), lr=learning_rate, betas=settings.adam_betas)
 
 
-def _load_tensors(saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    different = sorted(set(saved) ^ set(parameters))
-    if different:
-        raise ValueError(
-            f"checkpoint: {len(different)} trained parameters differ from this run's, first {different[0]}"
-        )
-    with torch.no_grad():
-        for name, value in saved.items():
-            parameters[name].copy_(value)
-
-
-class MaskGANLearner:
+class MaskGANLearner(AveragedLearner):
     """Trains generator and discriminator in turn: one update of each per step (Pan et al. 2025, Eq. 12–16).
 
     One process only: curvatures are paired by rank over the whole batch.
@@ -79,7 +67,7 @@ class MaskGANLearner:
         held_out: Lesions | None = None,
     ) -> None:
         assert world.size == 1
-        self.model, self.settings, self.world = model, settings, world
+        self.model, self.world = model, world
         self.classes = lesions.classes
         self.generator, self.discriminator = (network.to(world.device) for network in networks)
         curvatures = lesions.curvatures(model) if model.curvature_weight else {}
@@ -90,13 +78,18 @@ class MaskGANLearner:
             self._fixed = others.fixed(np.arange(len(held_out.masks)))
         generator = dict(self.generator.named_parameters())
         discriminator = dict(self.discriminator.named_parameters())
-        self.parameters = {f"generator.{name}": p for name, p in generator.items()}
-        self.parameters |= {f"discriminator.{name}": p for name, p in discriminator.items()}
-        self.ema = MovingAverage(generator, settings.ema_decay)
-        self._optimizers = {
-            "generator": _adam(generator, settings.learning_rate, settings),
-            "discriminator": _adam(discriminator, model.discriminator_learning_rate, settings),
-        }
+        parameters = {f"generator.{name}": p for name, p in generator.items()}
+        parameters |= {f"discriminator.{name}": p for name, p in discriminator.items()}
+        super().__init__(
+            network=self.generator,
+            parameters=parameters,
+            averaged=generator,
+            optimizers={
+                "main": _adam(generator, settings.learning_rate, settings),
+                "discriminator": _adam(discriminator, model.discriminator_learning_rate, settings),
+            },
+            settings=settings,
+        )
 
     def draw(self, shard: Shard) -> MaskBatch:
         """Inputs on the CPU; a pure function, safe to call in a thread."""
@@ -105,8 +98,7 @@ class MaskGANLearner:
     def step(self, batch: MaskBatch) -> dict[str, Tensor]:
         """One update of the discriminator, then one of the generator. Returns scalars on the device."""
         self.generator.train()
-        for group in self._optimizers["generator"].param_groups:
-            group["lr"] = self.settings.learning_rate_at(batch.step)
+        self.set_learning_rate(batch.step)
         batch = batch.to(self.world.device)
         maps = box_maps(batch.boxes, self.model.resolution)
         drawn = self.generator(batch.noise, batch.labels, maps)
@@ -116,13 +108,13 @@ class MaskGANLearner:
         generator_terms = self._generator_terms(batch, maps, drawn)
         self.discriminator.requires_grad_(True)
         terms |= generator_terms
-        terms["grad_norm"] = self._update("generator", terms["loss"], self.generator)
+        terms["grad_norm"] = self._update("main", terms["loss"], self.generator)
         terms["grad_norm_discriminator"] = norm
         self.ema.update()
         return {name: value.detach() for name, value in terms.items()}
 
     def _update(self, name: str, loss: Tensor, network: nn.Module) -> Tensor:
-        optimizer = self._optimizers[name]
+        optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.settings.max_grad_norm)
@@ -203,43 +195,6 @@ class MaskGANLearner:
         fixed = self._fixed.first(count)
         return as_grey_levels(fixed.masks), as_grey_levels(self._draw_fixed(fixed))
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The generator holds the averaged weights inside the block, in evaluation mode."""
-        self.generator.eval()
-        with self.ema.applied():
-            yield
-
-    def finish(self) -> None:
-        """Leaves the averaged weights in the generator, for saving."""
-        self.ema.copy_to_parameters()
-        self.generator.eval()
-
-    @property
-    def network(self) -> nn.Module:
-        """What is saved."""
-        return self.generator
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters of both networks, and the generator's averages."""
-        return {"trainable": dict(self.parameters), "ema": self.ema.tensors()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Both optimizers' states and the average's counter."""
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
-        return {"optimizers": optimizers, "ema_updates": self.ema.num_updates}
-
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Restores `tensors()` and `state_dict()` exactly.
-
-        Raises:
-            ValueError: the parameters are not the same ones.
-        """
-        _load_tensors(tensors["trainable"], self.parameters)
-        self.ema.load(tensors["ema"], int(state["ema_updates"]))
-        for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-
 
 def curvature_distance(found: Tensor, targets: Tensor, labels: Tensor, pairing: str) -> Tensor:
     """Mean |κ̄ - κ*| of B masks, all float (B,), labels int64 (B,).
@@ -255,7 +210,7 @@ def curvature_distance(found: Tensor, targets: Tensor, labels: Tensor, pairing: 
     return torch.cat(distances).mean()
 
 
-class MaskDDPMLearner:
+class MaskDDPMLearner(AveragedLearner):
     """Trains the mask DDPM: mean squared error of the predicted noise.
 
     Args:
@@ -275,7 +230,7 @@ class MaskDDPMLearner:
         world: World,
         held_out: Lesions | None = None,
     ) -> None:
-        self.denoiser, self.settings, self.world = denoiser.to(world.device), settings, world
+        self.denoiser, self.world = denoiser.to(world.device), world
         noise_scheduler: Any = ddpm_scheduler(denoiser.model)
         self._alphas_cumprod = noise_scheduler.alphas_cumprod.to(world.device)
         num_timesteps = denoiser.model.num_train_timesteps
@@ -286,9 +241,13 @@ class MaskDDPMLearner:
             self._fixed = LesionDraws(held_out, settings, shape, {}, num_timesteps).fixed(
                 np.arange(len(held_out.masks))
             )
-        self.parameters = dict(denoiser.named_parameters())
-        self.ema = MovingAverage(self.parameters, settings.ema_decay)
-        self.optimizer = _adam(self.parameters, settings.learning_rate, settings)
+        parameters = dict(denoiser.named_parameters())
+        super().__init__(
+            network=denoiser,
+            parameters=parameters,
+            optimizers={"main": _adam(parameters, settings.learning_rate, settings)},
+            settings=settings,
+        )
         self._model = world.prepare(self.denoiser)
 
     def draw(self, shard: Shard) -> MaskBatch:
@@ -298,15 +257,9 @@ class MaskDDPMLearner:
     def step(self, batch: MaskBatch) -> dict[str, Tensor]:
         """One update from this process's share of a batch. Returns scalars on the device."""
         self.denoiser.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(batch.step)
-        loss = self._losses(self._model, batch.to(self.world.device)).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.ema.update()
-        return {"loss": loss.detach(), "grad_norm": norm}
+        self.set_learning_rate(batch.step)
+        parts = [batch.to(self.world.device)]
+        return self.descend(self._model, parts, lambda part: {"loss": self._losses(self._model, part)})
 
     def _losses(self, model: nn.Module, batch: MaskBatch) -> Tensor:
         """Squared error of each mask's noise, (b,)."""
@@ -329,38 +282,3 @@ class MaskDDPMLearner:
         assert self._fixed is not None
         fixed = self._fixed.first(count).to(self.world.device)
         return as_grey_levels(fixed.masks), as_grey_levels(self.denoiser.draw(fixed.noise, fixed.labels))
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The denoiser holds the averaged weights inside the block, in evaluation mode."""
-        self.denoiser.eval()
-        with self.ema.applied():
-            yield
-
-    def finish(self) -> None:
-        """Leaves the averaged weights in the denoiser, for saving."""
-        self.ema.copy_to_parameters()
-        self.denoiser.eval()
-
-    @property
-    def network(self) -> nn.Module:
-        """What is saved."""
-        return self.denoiser
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters and their averages."""
-        return {"trainable": dict(self.parameters), "ema": self.ema.tensors()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state and the average's counter."""
-        return {"optimizer": self.optimizer.state_dict(), "ema_updates": self.ema.num_updates}
-
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Restores `tensors()` and `state_dict()` exactly.
-
-        Raises:
-            ValueError: the parameters are not the same ones.
-        """
-        _load_tensors(tensors["trainable"], self.parameters)
-        self.ema.load(tensors["ema"], int(state["ema_updates"]))
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,10 +1,8 @@
 """Fine-tunes an AutoencoderKL on images; keeps the protocol of `loop.Learner`."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from factory.generators.checkpoints import weight_variant
 from factory.imaging import TrainingRow, as_rgb
-from factory.training.ema import MovingAverage
+from factory.training.averaged_learner import AveragedLearner
 from factory.training.learners import uses_bf16
 from factory.training.mixture import Shard
 from factory.training.settings import TrainingSettings
@@ -66,7 +64,7 @@ def vae_terms(images: Tensor, made: Tensor, mean: Tensor, logvar: Tensor) -> tup
     return error, kl
 
 
-class VAELearner:
+class VAELearner(AveragedLearner):
     """Trains all weights of an autoencoder.
 
     Args:
@@ -88,7 +86,7 @@ class VAELearner:
         world: World,
         held_out: Sequence[TrainingRow] = (),
     ) -> None:
-        self.settings, self.world, self.kl_weight = settings, world, kl_weight
+        self.world, self.kl_weight = world, kl_weight
         self._images = [row.image for row in rows]
         nn.Module.to(vae, world.device)
         self.vae = vae.requires_grad_(True)
@@ -99,13 +97,15 @@ class VAELearner:
         self._latent_shape = (int(vae.config.latent_channels), side, side)
         self._autocast = uses_bf16(settings, world.device)
         self._held_out = [row.image for row in held_out]
-        self.parameters = dict(vae.named_parameters())
-        self.ema = MovingAverage(self.parameters, settings.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+        parameters = dict(vae.named_parameters())
+        optimizer = torch.optim.AdamW(
+            list(parameters.values()),
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             weight_decay=settings.weight_decay,
+        )
+        super().__init__(
+            network=vae, parameters=parameters, optimizers={"main": optimizer}, settings=settings
         )
         self._plain = Autoencoder(vae)
         self._model = world.prepare(self._plain)
@@ -125,30 +125,13 @@ class VAELearner:
     def step(self, batch: ImageBatch) -> dict[str, Tensor]:
         """One update from this process's share of a batch. Returns scalars on the device."""
         self.vae.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(batch.step)
-        parts = self.settings.gradient_accumulation_steps
-        size = len(batch.images) // parts
-        totals: dict[str, Tensor] = {}
-        for number in range(parts):
-            part = batch.slice(number * size, (number + 1) * size, self.world.device)
-            with self._gradients_stay_local(number < parts - 1):
-                losses = self._losses(self._model, part)
-                (losses["loss"] / parts).backward()
-            for name, value in losses.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() / parts
-        totals["grad_norm"] = nn.utils.clip_grad_norm_(
-            list(self.parameters.values()), self.settings.max_grad_norm
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        return totals
-
-    def _gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager[Any]:
-        if local and isinstance(self._model, nn.parallel.DistributedDataParallel):
-            return self._model.no_sync()
-        return contextlib.nullcontext()
+        self.set_learning_rate(batch.step)
+        count = self.settings.gradient_accumulation_steps
+        size = len(batch.images) // count
+        parts = [
+            batch.slice(number * size, (number + 1) * size, self.world.device) for number in range(count)
+        ]
+        return self.descend(self._model, parts, lambda part: self._losses(self._model, part))
 
     def _losses(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
         """Means over the batch."""
@@ -184,44 +167,6 @@ class VAELearner:
         pair = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5 for x in (images, made))
         real, drawn = (x.round().to(torch.uint8).permute(0, 2, 3, 1).numpy() for x in pair)
         return real, drawn
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The autoencoder holds the averaged weights inside the block, in evaluation mode."""
-        self.vae.eval()
-        with self.ema.applied():
-            yield
-
-    def finish(self) -> None:
-        """Leaves the averaged weights in the autoencoder, for saving."""
-        self.ema.copy_to_parameters()
-        self.vae.eval()
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters and their averages."""
-        return {"trainable": dict(self.parameters), "ema": self.ema.tensors()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state and the average's counter."""
-        return {"optimizer": self.optimizer.state_dict(), "ema_updates": self.ema.num_updates}
-
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Restores `tensors()` and `state_dict()` exactly.
-
-        Raises:
-            ValueError: the parameters are not the same ones.
-        """
-        saved = tensors["trainable"]
-        different = sorted(set(saved) ^ set(self.parameters))
-        if different:
-            raise ValueError(
-                f"checkpoint: {len(different)} trained parameters differ from this run's, first {different[0]}"
-            )
-        with torch.no_grad():
-            for name, value in saved.items():
-                self.parameters[name].copy_(value)
-        self.ema.load(tensors["ema"], int(state["ema_updates"]))
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def to_tensor(images: Sequence[np.ndarray]) -> Tensor:

@@ -38,7 +38,7 @@ def _state(out: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: parameters, averages, optimizer moments."""
     tensors, state = read_checkpoint(out, step)
     flat = {f"{stem}.{name}": value for stem, named in tensors.items() for name, value in named.items()}
-    for number, moments in state["optimizer"]["state"].items():
+    for number, moments in state["optimizers"]["main"]["state"].items():
         flat |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     return flat
 
