@@ -1,7 +1,7 @@
 # make setup   create .venv and install the pinned, hashed requirements and the project
 # make demo    the whole main job on procedural ultrasound; prints the path of a report
 # make test    every test that needs no GPU
-# make lint    format, lint, types
+# make lint    format, lint, types, known vulnerabilities of the pinned packages
 # make bench   benchmarks at tiny width, results in benchmarks/results/
 # make soak    long fault campaigns, outside CI
 # make lock    resolve the requirements again
@@ -39,6 +39,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python requirements/audit.py requirements/cpu.txt
 
 bench: setup
 	$(BIN)/python benchmarks/synthesis.py

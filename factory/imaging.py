@@ -8,6 +8,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+RASTER_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+"""Formats read from users' files, by content and not by suffix: Pillow would hand PostScript to an interpreter."""
+
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """Lossless PNG of uint8 pixels, (H, W) grey or label map, or (H, W, 3) RGB.
@@ -24,7 +27,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def decode_png(data: bytes) -> np.ndarray:
     """Pixels of `encode_png`: uint8, (H, W) or (H, W, 3)."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.asarray(image)
 
 

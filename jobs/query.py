@@ -209,8 +209,10 @@ def _embed_file(table: "Table", path: Path) -> "np.ndarray":
         raise ValueError(f"{table.uri} records no embedder, so --like takes the id of a row only")
     import numpy as np
 
+    from factory.imaging import RASTER_FORMATS
+
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=RASTER_FORMATS) as image:
             if image.mode not in ("L", "1", "P", "RGB", "RGBA", "LA"):
                 raise ValueError(f"--like {path}: {image.mode} pixels; want an 8-bit grey or RGB image")
             pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))

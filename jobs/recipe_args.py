@@ -7,10 +7,12 @@ chooses another component of the same kind and sets its fields. The order does n
 import dataclasses
 import difflib
 import importlib
+import importlib.machinery
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from factory.recipes import RECIPES, Recipe
@@ -32,16 +34,7 @@ def get_recipe(name: str) -> Recipe:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"--recipe {name!r} is none of {', '.join(RECIPES)} (or module:function){hint}")
     module_name, _, function_name = name.partition(":")
-    root = Path.cwd().resolve()
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--recipe {name!r}: {error}; it is looked up from {root}") from error
-    source = Path(module.__file__ or "").resolve()
-    if not source.is_relative_to(root):
-        raise ValueError(f"--recipe {name!r}: {source} lies outside the working directory {root}")
+    module = _module_below(Path.cwd().resolve(), module_name, name)
     function = getattr(module, function_name, None)
     if function is None:
         raise ValueError(f"--recipe {name!r}: {module_name} has no function {function_name!r}")
@@ -49,6 +42,33 @@ def get_recipe(name: str) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise ValueError(f"--recipe {name!r} returned a {type(recipe).__name__}, not a Recipe")
     return recipe
+
+
+def _module_below(root: Path, module_name: str, recipe: str) -> ModuleType:
+    """The module of that dotted name below `root`; no code outside `root` runs in looking for it."""
+    path = [str(root)]
+    for part in module_name.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(part, path) if part.isidentifier() else None
+        places = [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])] if spec else []
+        if spec is None or not places:
+            raise ValueError(
+                f"--recipe {recipe!r}: no module {module_name!r} below the working directory {root}"
+            )
+        if not all(Path(place).resolve().is_relative_to(root) for place in places):
+            raise ValueError(f"--recipe {recipe!r}: {places[0]} lies outside the working directory {root}")
+        path = list(spec.submodule_search_locations or ())
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--recipe {recipe!r}: {error}") from error
+    source = Path(module.__file__ or "").resolve()
+    if not source.is_relative_to(root):
+        raise ValueError(
+            f"--recipe {recipe!r}: Python already has a module {module_name!r}, {source}; name yours otherwise"
+        )
+    return module
 
 
 def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

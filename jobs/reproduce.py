@@ -8,13 +8,15 @@ batched kernels (the last bits of a matrix product depend on the batch), the mas
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tyro.conf import Positional
+
+from factory.recipes import Recipe
 
 MASK_IOU = 0.99
 
@@ -31,6 +33,8 @@ class Args:
     """Generator folder, where the recorded path does not hold on this machine."""
     real: str | None = None
     """Real table, where the recorded path does not hold on this machine."""
+    recipe: str | None = None
+    """The row's recipe, repeated, where it is a module:function: a table may not choose which code runs."""
     sheet: str | None = None
     """Write the stored and the new image side by side."""
     device: str = "cpu"
@@ -83,6 +87,22 @@ def _find(table: Any, request_id: str) -> dict[str, Any]:
     return rows[0]
 
 
+def recorded_recipe(args: Args, record: Mapping[str, Any]) -> Recipe:
+    """The recipe that the table's plan names.
+
+    Raises:
+        ValueError: it is a module:function that `--recipe` does not repeat: the table may come from a stranger.
+    """
+    from jobs.recipe_args import parse_recipe
+
+    name = record["recipe"]
+    if ":" in name and args.recipe != name:
+        raise ValueError(
+            f"{args.table} names recipe {name!r}, which is code of its own; if you trust it, add --recipe {name}"
+        )
+    return parse_recipe(name, record["overrides"])
+
+
 def run(args: Args) -> Comparison:
     """Make the row again.
 
@@ -95,13 +115,12 @@ def run(args: Args) -> Comparison:
     from factory.synthesis.stages import PIXEL_SCHEMA, SynthesisStage
     from factory.synthesis.synthesizer import IMAGE_TOLERANCE
     from jobs.assembly import all_weights, in_colour, make_request_stage, synthesizer_settings
-    from jobs.recipe_args import parse_recipe
     from schemas.request import SynthesisPlan
 
     table = open_table(args.table)
     row = _find(table, args.request_id)
     record = json.loads(table.metadata[f"plan.{row['plan_id']}"])
-    recipe = parse_recipe(record["recipe"], record["overrides"])
+    recipe = recorded_recipe(args, record)
     if recipe.fingerprint != record["fingerprint"]:
         raise ValueError(
             f"recipe {record['recipe']!r} has fingerprint {recipe.fingerprint} in this code and "

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from factory.datasets.layout import Item, Problem
 from factory.datasets.marks import find_marks
+from factory.imaging import RASTER_FORMATS
 
 OnError = Literal["fail", "quarantine"]
 _SHOWN_PROBLEMS = 20
@@ -157,7 +158,7 @@ def _open(item: Item, file: Path) -> Image.Image:
             ):  # Pillow truncates 16-bit RGB
                 raise _bad(item, "16 bits per channel", "convert it to 8 bits with a stated window", file)
             stream.seek(0)
-            picture = Image.open(stream)
+            picture = Image.open(stream, formats=RASTER_FORMATS)
             picture.load()
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         if isinstance(error, BadItem):
@@ -176,7 +177,7 @@ def _open(item: Item, file: Path) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     return (
-        "unknown format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        f"none of {', '.join(RASTER_FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
     )
 
 

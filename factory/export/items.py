@@ -136,7 +136,7 @@ def image_shape(data: bytes) -> tuple[int, int, int]:
     Raises:
         ValueError: neither grey nor RGB.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         if image.mode not in ("L", "RGB"):
             raise ValueError(f"a PNG of mode {image.mode}; tables hold 8-bit grey (L) or RGB images")
         return image.height, image.width, 1 if image.mode == "L" else 3

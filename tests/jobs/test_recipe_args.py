@@ -101,19 +101,29 @@ def test_a_mistyped_job_option_suggests_the_right_one() -> None:
     assert args.num_requests == 3 and args.overrides == ("--sampling.guidance-scale", "2")
 
 
-def test_recipes_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_of_ones_own(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_recipes.py").write_text(
         "import dataclasses\nfrom factory.recipes import RECIPES\n"
         "def mine():\n    return dataclasses.replace(RECIPES['tiny'](), name='mine')\n"
         "def wrong():\n    return 3\n"
     )
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "away.py").write_text("raise SystemExit('code from outside the tree ran')")
+    (tmp_path / "away.py").symlink_to(elsewhere / "away.py")
+    (tmp_path / "json.py").write_text("def loads():\n    return 3\n")
     monkeypatch.chdir(tmp_path)
     assert get_recipe("my_recipes:mine").name == "mine"
     for name, message in [
         ("my_recipes:wrong", "returned a int"),
         ("my_recipes:absent", "no function 'absent'"),
         ("no_such_module:mine", "no_such_module"),
-        ("os:getcwd", "outside the working directory"),
+        ("os:getcwd", "no module 'os' below the working directory"),
+        ("json:loads", "Python already has a module 'json'"),
+        ("away:mine", "outside the working directory"),
+        ("../x:mine", "no module"),
+        (".my_recipes:mine", "no module"),
         ("tinyy", "did you mean 'tiny'"),
     ]:
         with pytest.raises(ValueError, match=message):
