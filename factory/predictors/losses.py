@@ -1,6 +1,6 @@
-"""Classification losses for a long tail, and the weights of class-balanced re-sampling.
+"""Classification losses for a long tail, the weights of class-balanced re-sampling, and a loss of masks.
 
-Each loss is a frozen component: `loss(logits, labels, counts)` gives one value per image, and the trainer takes the
+Each classification loss is a frozen component: `loss(logits, labels, counts)` gives one value per image, and the trainer takes the
 plain mean over the batch, so that the size of a step does not depend on the batch size. `counts` are the rows of each
 class that the model effectively sees. Where synthetic rows join the batch that is `composed_counts`, not the counts of
 the real table: otherwise the tail is corrected twice, once by the added rows and once by the prior.
@@ -125,7 +125,42 @@ class ClassBalancedFocal:
         return weights[labels] * focal.sum(dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiceCrossEntropy:
+    """Soft Dice loss plus binary cross-entropy of a lesion mask, per image (the loss of nnU-Net: Isensee et al. 2021).
+
+    Dice is (2 Σ p·g + 1) / (Σ p + Σ g + 1) of each image, so that an image without lesion has a loss as well.
+
+    Attributes:
+        dice_weight, cross_entropy_weight: of the two terms; not both 0.
+    """
+
+    dice_weight: float = 1.0
+    cross_entropy_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = (self.dice_weight, self.cross_entropy_weight)
+        if not all(np.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+            raise ValueError(f"DiceCrossEntropy: want two weights ≥ 0, not both 0; got {weights}")
+
+    def loss(self, logits: "Tensor", masks: "Tensor") -> "Tensor":
+        """Loss of each image, float32 (B,), from logits (B, 1, S, S) and masks (B, S, S) of 0 and 1."""
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        if logits.ndim != 4 or logits.shape[1] != 1 or logits[:, 0].shape != masks.shape:
+            raise ValueError(
+                f"logits: want (B, 1, S, S) for masks {tuple(masks.shape)}, got {tuple(logits.shape)}"
+            )
+        scores, truth = logits[:, 0].float(), masks.float()
+        entropy = binary_cross_entropy_with_logits(scores, truth, reduction="none").mean(dim=(1, 2))
+        probability = scores.sigmoid()
+        overlap = 2 * (probability * truth).sum(dim=(1, 2)) + 1
+        dice = overlap / (probability.sum(dim=(1, 2)) + truth.sum(dim=(1, 2)) + 1)
+        return self.dice_weight * (1 - dice) + self.cross_entropy_weight * entropy
+
+
 TaskLoss = CrossEntropy | BalancedSoftmax | LogitAdjustment | ClassBalancedFocal
+TASK_LOSSES = (CrossEntropy, BalancedSoftmax, LogitAdjustment, ClassBalancedFocal)
 
 
 def class_balanced_weights(counts: Counts, *, beta: float) -> np.ndarray:

@@ -10,6 +10,7 @@ from factory.predictors.losses import (
     BalancedSoftmax,
     ClassBalancedFocal,
     CrossEntropy,
+    DiceCrossEntropy,
     LogitAdjustment,
     TaskLoss,
     class_balanced_weights,
@@ -150,3 +151,27 @@ def test_what_has_no_prior_is_refused() -> None:
     for bad in (lambda: ClassBalancedFocal(beta=1.0), lambda: LogitAdjustment(tau=-1)):
         with pytest.raises(ValueError, match="want"):
             bad()
+
+
+def test_dice_cross_entropy_is_its_closed_form() -> None:
+    rng = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn((3, 1, 4, 4), generator=rng)
+    masks = (torch.rand((3, 4, 4), generator=rng) > 0.6).float()
+    masks[2] = 0  # no lesion: a loss all the same
+    expected = []
+    for scores, truth in zip(logits.flatten(1).tolist(), masks.flatten(1).tolist()):
+        p = [1 / (1 + math.exp(-z)) for z in scores]
+        entropy = -sum(math.log(q if g else 1 - q) for q, g in zip(p, truth)) / 16
+        dice = (2 * sum(q * g for q, g in zip(p, truth)) + 1) / (sum(p) + sum(truth) + 1)
+        expected.append(0.5 * (1 - dice) + 2 * entropy)
+    loss = DiceCrossEntropy(dice_weight=0.5, cross_entropy_weight=2.0)
+    torch.testing.assert_close(loss.loss(logits, masks), closed(expected))
+    sure = DiceCrossEntropy().loss(40 * (2 * masks[:2, None] - 1), masks[:2])
+    torch.testing.assert_close(sure, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_dice_cross_entropy_refuses_other_shapes_and_no_weight() -> None:
+    with pytest.raises(ValueError, match=r"logits: want \(B, 1, S, S\)"):
+        DiceCrossEntropy().loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 8, 8))
+    with pytest.raises(ValueError, match="two weights ≥ 0, not both 0"):
+        DiceCrossEntropy(dice_weight=0, cross_entropy_weight=0)
