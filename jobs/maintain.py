@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from factory.storage import Maintenance, maintain
+from factory.storage import Maintenance, check_table, maintain, open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Args:
     """Make the indexes of labels, verdicts, ids and (large tables) embeddings anew."""
     clean_older_than_days: float | None = None
     """Remove untagged versions, and files that no version names, older than this."""
+    check: bool = False
+    """Only read every fragment and name the damaged ones; exit status 1 where there are any."""
 
 
 def run(args: Args) -> Maintenance:
@@ -65,9 +67,21 @@ def run(args: Args) -> Maintenance:
     return done
 
 
+def _check(uri: str) -> int:
+    """Print every damaged fragment of a table; returns how many there are."""
+    found = 0
+    for damage in check_table(open_table(uri)):
+        found += 1
+        print(damage)
+    print(f"checked {uri}: {found} damaged")
+    return found
+
+
 def command(argv: Sequence[str]) -> int:
     """`factory maintain`."""
     args = tyro.cli(Args, args=list(argv), prog="factory maintain", description=__doc__)
+    if args.check:
+        return 1 if _check(args.table) else 0
     done = run(args)
     print(f"fragments  {done.fragments_before} → {done.fragments_after}")
     if done.indexed:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
@@ -19,6 +19,9 @@ from factory.recipes import Recipe
 from factory.version import code_version
 from jobs.recipe_args import parse_recipe
 from schemas.request import SynthesisPlan
+
+if TYPE_CHECKING:
+    from factory.storage import IndexSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Args:
     real: str
     """Real table that the generator was trained on."""
     out: str
-    """Synthetic table to write or extend."""
+    """Synthetic table to write or extend: a path, s3://bucket/path or gs://bucket/path."""
     num_requests: int | None = None
     """Requests in all, over the classes as in the training split (or equally with --balance)."""
     labels: str | None = None
@@ -95,13 +98,21 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
     @property
+    def requested(self) -> "IndexSet":
+        """Request indices of the whole plan as asked, one bit each."""
+        from factory.storage import IndexSet
+
+        return IndexSet.of(self.plan.index_blocks(self.counts))
+
+    @property
     def indices(self) -> np.ndarray:
-        """Request indices of the whole plan as asked, int64."""
+        """The same as an array, int64: for small plans."""
         return self.plan.indices(self.counts)
 
-
-def absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+    @property
+    def num_requests(self) -> int:
+        """How many requests are asked for."""
+        return sum(self.counts.values())
 
 
 def resolve_counts(args: Args, labels: Sequence[str], train_counts: Mapping[str, int]) -> dict[str, int]:
@@ -153,7 +164,12 @@ def prepare(args: Args) -> Prepared:
     rows_table = real_rows(args.real, splits=("train",), version=real.version)
     if rows_table.num_rows == 0:
         raise ValueError(f"{args.real}: the train split is empty; run `factory prepare` again")
-    rows = decode_rows(rows_table, recipe.generator.resolution)
+    # In slices: the encoded images as Python objects, all at once, would double the memory.
+    rows = [
+        row
+        for start in range(0, rows_table.num_rows, 256)
+        for row in decode_rows(rows_table.slice(start, 256), recipe.generator.resolution)
+    ]
     train_counts = {name: sum(row.label_name == name for row in rows) for name in labels}
     notes = []
     if recipe.backgrounds is not None:
@@ -181,7 +197,7 @@ def prepare(args: Args) -> Prepared:
         notes.append(f"the generator was trained on other real rows than the train split of {args.real}")
     embeddings = np.stack(rows_table["embedding"].to_numpy(zero_copy_only=False)).astype(np.float32)
     spec = EmbedderSpec.from_json(real.metadata["embedder"])
-    filters = _fit_filters(recipe, rows, embeddings, spec)
+    filters = fit_filters(recipe, rows, embeddings, spec)
     for item in filters:
         for label, reason in getattr(item, "off", {}).items():
             notes.append(f"{type(item).__name__} does not judge class {labels[label]}: {reason}")
@@ -214,7 +230,7 @@ def _has_lesion(row: TrainingRow, label: str) -> bool:
     return row.label_name == label and row.mask is not None and bool(row.mask.any())
 
 
-def _fit_filters(
+def fit_filters(
     recipe: Recipe, rows: Sequence[TrainingRow], embeddings: np.ndarray, spec: EmbedderSpec
 ) -> tuple[Any, ...]:
     """The recipe's filters, fitted on the training rows; lesion crops are embedded where one looks at them."""

@@ -6,7 +6,7 @@ asking for more extends the same plan. A request also has a `request_index`, uni
 a bitmap of what is committed answers what is missing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,10 +107,25 @@ class SynthesisPlan:
         Raises:
             ValueError: a label is unknown, or a count is negative.
         """
-        chunks = []
+        return np.concatenate([np.empty(0, np.int64), *self.index_blocks(counts, attempt)])
+
+    def index_blocks(
+        self, counts: Mapping[str, int], attempt: int = 0, block: int = 1 << 20
+    ) -> Iterator[np.ndarray]:
+        """The same indices in increasing arrays of at most `block`, one at a time: 10^7 of them need not be in memory.
+
+        Raises:
+            ValueError: as `indices`.
+        """
+        wanted = np.zeros(len(self.labels), np.int64)
         for label, count in counts.items():
             if count < 0:
                 raise ValueError(f"labels: {label}={count} is negative")
-            start = self.request(label, 0, attempt).request_index
-            chunks.append(start + np.arange(count, dtype=np.int64) * len(self.labels))
-        return np.sort(np.concatenate(chunks)) if chunks else np.empty(0, np.int64)
+            wanted[self.request(label, max(count - 1, 0), attempt).label_index] = count
+        stop = int(wanted.max()) * len(self.labels)
+        for lowest in range(0, stop, block):
+            positions = np.arange(lowest, min(lowest + block, stop), dtype=np.int64)
+            ordinals, labels = np.divmod(positions, len(self.labels))
+            found = positions[ordinals < wanted[labels]]
+            if len(found):
+                yield (attempt << ATTEMPT_SHIFT) + found

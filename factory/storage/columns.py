@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 from lance.commit import CommitConflictError
 
 from factory.storage.errors import storage_faults
-from factory.storage.lease import LeaseKind, take_lease
-from factory.storage.location import local_path
+from factory.storage.lease import take_lease
 from factory.storage.table import Table, open_table
 
 _TRIES = 10
@@ -42,10 +41,7 @@ def write_columns(table: Table, values: pa.Table, key: str) -> Table:
     names = [name for name in values.column_names if name != key]
     _check_values(table, values, key, names)
     with storage_faults(table.uri, "curate"):
-        kind: LeaseKind = "file" if local_path(table.uri) is not None else "config"
-        lease = take_lease(
-            table.uri, "curation", run_id="curation", kind=kind, storage_options=table.storage_options
-        )
+        lease = take_lease(table.uri, "curation", run_id="curation", storage_options=table.storage_options)
         try:
             for tries_left in reversed(range(_TRIES)):
                 try:

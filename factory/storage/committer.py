@@ -4,13 +4,14 @@ A plain object in the driver's loop. What is committed is decided by the committ
 by transaction history: Lance commits are not idempotent and its Append has no compare-and-swap, so one
 process at a time commits a plan (`lease`), and rechecks that before each commit.
 
+    wanted = IndexSet.of(plan.index_blocks(counts))
     with Committer(uri, plan_id=plan.plan_id, run_id=run_id) as committer:
         committer.adopt()
-        todo = committer.missing(plan.indices(counts))
+        todo = committer.missing(wanted)
         for record in run(todo):            # records made by `write_fragment` in the write tasks
             committer.add(record)
         committer.commit()
-        print(committer.audit(plan.indices(counts)).line())
+        print(committer.audit(wanted).line())
 """
 
 import dataclasses
@@ -26,10 +27,18 @@ from lance.commit import CommitConflictError
 from lance.dataset import Transaction
 from lance.fragment import FragmentMetadata
 
-from factory.storage.errors import DuplicateRequests, TableDamaged, storage_faults
-from factory.storage.index_set import IndexSet
+from factory.storage.errors import (
+    RETRY_SECONDS,
+    DuplicateRequests,
+    StorageUnreachable,
+    TableDamaged,
+    reliably,
+    storage_faults,
+)
+from factory.storage.files import sync
+from factory.storage.index_set import IndexSet, Indices, index_set
 from factory.storage.lease import Lease, LeaseKind, take_lease
-from factory.storage.ledger import Ledger, sync
+from factory.storage.ledger import Ledger
 from factory.storage.location import StorageOptions, local_path
 from factory.storage.quarantine import QuarantineLog
 from factory.storage.reconciliation import (
@@ -39,10 +48,12 @@ from factory.storage.reconciliation import (
 )
 from factory.storage.status import reconcile
 from factory.storage.table import open_table
-from factory.storage.writer import RECORDS, FragmentRecord, missing_data_file
+from factory.storage.writer import RECORDS, FragmentRecord, data_files, missing_data_file
 
 _LOG = logging.getLogger(__name__)
 _CONFLICT_RETRIES = 10
+_CROWDED = "Too many concurrent writers"
+"""What Lance says when other writers were faster for half a minute."""
 
 
 class _Preempted(Exception):
@@ -68,7 +79,8 @@ class Committer:
         rows_per_commit: commit when so many rows wait …
         seconds_per_commit: … or the first has waited for so long. Rows that wait are not lost in a crash
             (their records are adopted by the next run), only not visible yet; for 10^7 rows use 50,000.
-        lease: "file" (flock), or "config" (a Lance config key, for storage without locks).
+        lease: "file" (flock), or "config" (a Lance config key, for storage without locks); by default what the
+            storage can do.
 
     Attributes:
         dropped: records that were not committed, and why.
@@ -87,7 +99,7 @@ class Committer:
         run_id: str,
         rows_per_commit: int = 256,
         seconds_per_commit: float = 10.0,
-        lease: LeaseKind = "file",
+        lease: LeaseKind | None = None,
         storage_options: StorageOptions = None,
     ) -> None:
         if rows_per_commit < 1 or seconds_per_commit < 0:
@@ -98,7 +110,8 @@ class Committer:
         self.rows_per_commit, self.seconds_per_commit = rows_per_commit, seconds_per_commit
         self.dropped: list[DroppedRecord] = []
         self._storage_options = storage_options
-        self._ledger = Ledger(self.uri, plan_id)
+        self._ledger = Ledger(self.uri, plan_id, storage_options=storage_options)
+        self._data = data_files(self.uri, storage_options)
         self._waiting: list[FragmentRecord] = []
         self._waiting_indices = IndexSet()
         self._stale_names: set[str] = set()
@@ -163,14 +176,12 @@ class Committer:
         self._reload()
         return adopted
 
-    def missing(self, indices: np.ndarray) -> np.ndarray:
-        """Those of `indices` (N,) int64 that are not committed, not waiting and not quarantined, in order."""
+    def missing(self, wanted: Indices) -> IndexSet:
+        """Those of `wanted` that are not committed, not waiting and not quarantined."""
         self._planned = True
-        indices = np.asarray(indices, np.int64)
-        settled = self._committed.contains(indices) | self._waiting_indices.contains(indices)
-        given_up = IndexSet()
-        given_up.add(QuarantineLog(self.uri, self.plan_id).indices())
-        return indices[~(settled | given_up.contains(indices))]
+        given_up = QuarantineLog(self.uri, self.plan_id, self._storage_options).indices()
+        settled = (self._committed, self._waiting_indices, IndexSet.of([given_up]))
+        return index_set(wanted).without(*settled)
 
     def add(self, record: FragmentRecord) -> bool:
         """Take a record of this run; commits when enough rows wait. Whether it was taken.
@@ -201,7 +212,8 @@ class Committer:
 
         Raises:
             LeaseLost: another process took over; nothing was committed.
-            StorageFull, PermissionError: the table is as it was; the records stay for the next run.
+            StorageFull, StorageUnreachable, PermissionError: the table is as it was, or has the rows; the records
+                stay for the next run, which looks.
         """
         return self._commit()
 
@@ -213,18 +225,22 @@ class Committer:
         finally:
             self._release()
 
-    def audit(self, indices: np.ndarray) -> Reconciliation:
-        """What became of each of `indices` (N,) int64, read from the table; checks distinctness.
+    def audit(self, wanted: Indices) -> Reconciliation:
+        """What became of each of `wanted`, read from the table; checks distinctness.
 
         Raises:
             DuplicateRequests: a request_id, or a request_index of this plan, stands twice in the table.
         """
         self._reload()
         check_distinct(self._dataset, self.plan_id)
-        return reconcile(self._dataset, self.uri, self.plan_id, indices, self._committed)
+        log = QuarantineLog(self.uri, self.plan_id, self._storage_options)
+        return reconcile(self._dataset, self.plan_id, wanted, self._committed, log)
 
     def _reload(self) -> None:
         """Read from the table which requests are committed, and which columns its rows must have."""
+        reliably(self.uri, "read the requests of", self._read_committed)
+
+    def _read_committed(self) -> None:
         dataset = open_table(self.uri, storage_options=self._storage_options).dataset
         committed = IndexSet()
         for indices in committed_indices(dataset, self.plan_id):
@@ -269,7 +285,7 @@ class Committer:
         lacking = [name for name, numbers in self._required.items() if not numbers & written]
         if lacking:
             return f"it lacks column {lacking[0]!r}, which may not be null in the table"
-        return missing_data_file(self.uri, record)
+        return missing_data_file(self._data, record)
 
     def _wait(self, record: FragmentRecord) -> None:
         if not self._waiting:
@@ -294,11 +310,15 @@ class Committer:
         except _Preempted:
             self._reload()
             return self._commit(tries_left - 1)
-        except Exception:
+        except Exception as fault:
             # The commit may have happened although it reported a fault: only the table can tell.
             waiting = np.concatenate([_indices(record) for record in ready])
+            if isinstance(fault, StorageUnreachable):
+                time.sleep(RETRY_SECONDS[0])  # a request that is still under way may arrive
             self._reload()
             if not self._committed.contains(waiting).all():
+                if tries_left > 0 and (isinstance(fault, StorageUnreachable) or _CROWDED in str(fault)):
+                    return self._commit(tries_left - 1)
                 raise
         for record in ready:
             self._committed.add(_indices(record))
@@ -323,8 +343,9 @@ class Committer:
     def _fit_records(self) -> list[FragmentRecord]:
         """What waits and can be committed; the rest is dropped."""
         ready = []
-        for record in self._waiting:
-            fault_text = self._unfit(record)
+        for record, fault_text in zip(
+            self._waiting, self._data.each(self._unfit, self._waiting), strict=True
+        ):
             if fault_text is None:
                 ready.append(record)
             else:
@@ -334,8 +355,7 @@ class Committer:
 
     def _acknowledge(self, committed: list[FragmentRecord]) -> None:
         """Forget what waited; remove the records of what is committed or dropped."""
-        for name in [record.name for record in committed] + sorted(self._stale_names):
-            self._ledger.delete(RECORDS, name)
+        self._ledger.delete(RECORDS, *[record.name for record in committed], *sorted(self._stale_names))
         self._waiting, self._waiting_indices, self._stale_names = [], IndexSet(), set()
 
     def _drop(self, name: str, num_rows: int, reason: str) -> None:

@@ -20,6 +20,7 @@ FRAGMENT_BYTES = 512 << 20
 """Size that compaction aims at: large enough for fast scans, small enough to rewrite in seconds."""
 SCALAR_INDEXES = {
     "request_id": "BTREE",
+    "plan_id": "BITMAP",
     "image_id": "BTREE",
     "label_name": "BITMAP",
     "recipe": "BITMAP",

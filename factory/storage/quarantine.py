@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from factory.storage.ledger import Ledger
+from factory.storage.location import StorageOptions
 from factory.storage.process import ProcessIdentity, this_process
 from schemas.identity import hash_parts
 from schemas.sample import QuarantineReason
@@ -47,8 +48,8 @@ class QuarantinedRequest:
 class QuarantineLog:
     """The quarantined requests of one plan: one file each, so that any process may add at any time."""
 
-    def __init__(self, uri: str, plan_id: str) -> None:
-        self._ledger = Ledger(uri, plan_id)
+    def __init__(self, uri: str, plan_id: str, storage_options: StorageOptions = None) -> None:
+        self._ledger = Ledger(uri, plan_id, storage_options=storage_options)
 
     def add(self, request_id: str, request_index: int, reason: str, error: str, tries: int) -> None:
         """Give `request_id` up; a second entry of the same request replaces the first.
@@ -65,9 +66,9 @@ class QuarantineLog:
         )
         self._ledger.put(_QUARANTINE, f"{request_id}.json", dataclasses.asdict(entry))
 
-    def remove(self, request_id: str) -> None:
-        """Let `request_id` be tried again by the next run."""
-        self._ledger.delete(_QUARANTINE, f"{request_id}.json")
+    def remove(self, *request_ids: str) -> None:
+        """Let `request_ids` be tried again by the next run."""
+        self._ledger.delete(_QUARANTINE, *(f"{request_id}.json" for request_id in request_ids))
 
     def entries(self) -> list[QuarantinedRequest]:
         """Every quarantined request, in order of request_index."""
@@ -96,10 +97,12 @@ class IntentLog:
         max_tries: a request that died alone so often is `exhausted`.
     """
 
-    def __init__(self, uri: str, plan_id: str, max_tries: int = 3) -> None:
+    def __init__(
+        self, uri: str, plan_id: str, max_tries: int = 3, storage_options: StorageOptions = None
+    ) -> None:
         if max_tries < 1:
             raise ValueError(f"max_tries {max_tries} must be at least 1")
-        self._ledger = Ledger(uri, plan_id)
+        self._ledger = Ledger(uri, plan_id, storage_options=storage_options)
         self._me = this_process()
         self._max_tries = max_tries
         self._open: dict[str, dict[str, Any]] = {}
@@ -123,8 +126,8 @@ class IntentLog:
     def finish(self, request_ids: Sequence[str]) -> None:
         """The requests were made (or quarantined for a reason of their own): nothing to suspect of them."""
         done = set(request_ids)
-        for request_id in done:
-            self._ledger.delete(_SUSPECTS, f"{request_id}.json")
+        suspects = [name for name in self._ledger.names(_SUSPECTS) if name.removesuffix(".json") in done]
+        self._ledger.delete(_SUSPECTS, *suspects)
         for name, intent in list(self._open.items()):
             intent["finished"] += [i for group in intent["groups"] for i in group if i in done]
             if set(intent["finished"]) >= {i for group in intent["groups"] for i in group}:

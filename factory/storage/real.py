@@ -1,36 +1,15 @@
 """Real rows by split: train and validation for everyone, test only with a recorded `TestAccess`."""
 
-import dataclasses
-import datetime
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
 
-from factory.storage.location import StorageOptions, ledger_folder
+from factory.storage.access import TestAccess
+from factory.storage.location import StorageOptions
 from factory.storage.table import Table, open_table
 from schemas.identity import hash_parts
 from schemas.sample import SPLITS
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TestAccess:
-    """Leave to read test rows. Made only by `evaluate downstream`; every use is recorded beside the table.
-
-    Attributes:
-        opened_by: which command or program.
-        reason: what for.
-    """
-
-    __test__ = False  # not a pytest class
-
-    opened_by: str
-    reason: str
-
-    def __post_init__(self) -> None:
-        if not self.opened_by or not self.reason:
-            raise ValueError("TestAccess: opened_by and reason must say who reads the test split and why")
 
 
 def real_rows(
@@ -55,21 +34,15 @@ def real_rows(
         raise PermissionError(
             f"the test split of {uri} is read only by `factory evaluate downstream`, which records it"
         )
-    table = open_table(uri, version=version, storage_options=storage_options)
+    table = open_table(
+        uri,
+        version=version,
+        storage_options=storage_options,
+        test_access=access if "test" in splits else None,
+    )
     if not {"image_id", "split", "label"} <= set(table.schema.names):
         raise ValueError(f"{uri} is not a table of real images; `factory prepare` makes one")
-    if "test" in splits and access is not None:
-        _record_access(table, access)
     return table.read(columns=columns, filter=f"split IN ({', '.join(map(repr, splits))})")
-
-
-def test_accesses(uri: str) -> list[dict[str, str]]:
-    """Every recorded reading of the test split, oldest first."""
-    path = _access_log(uri)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-test_accesses.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
 
 
 def class_names(table: Table) -> tuple[str, ...]:
@@ -92,19 +65,3 @@ def real_digest(table: Table, splits: Sequence[str] = ("train",)) -> str:
     rows = table.read(["image_id", "label"], filter=f"split IN ({', '.join(map(repr, splits))})")
     pairs = sorted(zip(rows["image_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
     return hash_parts("real", *(part for pair in pairs for part in pair))
-
-
-def _access_log(uri: str) -> Path:
-    return Path(ledger_folder(uri)) / "test_access.jsonl"
-
-
-def _record_access(table: Table, access: TestAccess) -> None:
-    path = _access_log(table.uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entry = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "version": str(table.version),
-        **dataclasses.asdict(access),
-    }
-    with path.open("a") as stream:
-        stream.write(json.dumps(entry) + "\n")

@@ -14,7 +14,7 @@ from factory.storage.index_set import IndexSet
 from factory.storage.verdicts import STREAM_VERDICT, effective_expressions
 
 SCAN_ROWS = 1 << 16
-_HASHES_AT_ONCE = 1 << 24
+_HASHES_AT_ONCE = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ def count_verdicts(dataset: lance.LanceDataset, plan_id: str, wanted: IndexSet) 
 def check_distinct(dataset: lance.LanceDataset, plan_id: str) -> int:
     """Number of rows of the plan, after checking that no request_id stands twice.
 
-    Ids are compared by a 64-bit hash, 2^24 of them at a time, so memory stays below a few hundred MB
-    whatever the size of the table; hashes that meet are compared in full.
+    Ids are compared by a 64-bit hash, 2^22 of them at a time, so memory stays below about 100 MB whatever the
+    size of the table, for one scan of the ids per 2^22 rows; hashes that meet are compared in full.
 
     Raises:
         DuplicateRequests: names the first of them.

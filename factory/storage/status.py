@@ -1,6 +1,7 @@
 """How far a plan is, read from the table and its ledger alone: also while a job runs, and after it died."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from pathlib import Path
 import lance
 import numpy as np
 
-from factory.storage.index_set import IndexSet
-from factory.storage.lease import Holder
+from factory.storage.index_set import IndexSet, Indices, index_set
+from factory.storage.lease import SECONDS_TO_LIVE, Holder
 from factory.storage.ledger import Ledger
 from factory.storage.quarantine import QuarantineLog
 from factory.storage.reconciliation import Reconciliation, committed_indices, count_verdicts
@@ -38,32 +39,29 @@ class PlanStatus:
     errors: Mapping[str, str]
 
 
-def plan_status(table: Table, plan_id: str, indices: np.ndarray) -> PlanStatus:
-    """The state of a plan whose requests are `indices` (N,) int64; takes no lease and changes nothing."""
-    committed = IndexSet()
-    for some in committed_indices(table.dataset, plan_id):
-        committed.add(some)
-    ledger = Ledger(table.uri, plan_id)
-    entries = QuarantineLog(table.uri, plan_id).entries()
+def plan_status(table: Table, plan_id: str, wanted: Indices) -> PlanStatus:
+    """The state of a plan whose requests are `wanted`; takes no lease and changes nothing."""
+    committed = IndexSet.of(committed_indices(table.dataset, plan_id))
+    ledger = Ledger(table.uri, plan_id, storage_options=table.storage_options)
+    log = QuarantineLog(table.uri, plan_id, table.storage_options)
     return PlanStatus(
         plan_id=plan_id,
-        reconciliation=reconcile(table.dataset, table.uri, plan_id, indices, committed),
+        reconciliation=reconcile(table.dataset, plan_id, wanted, committed, log),
         uncommitted=len(ledger.names(_RECORDS)),
-        writer=_writer(ledger.folder / "lease"),
-        errors={entry.reason: entry.error for entry in entries},
+        writer=_config_writer(table, plan_id) if ledger.folder is None else _writer(ledger.folder / "lease"),
+        errors={entry.reason: entry.error for entry in log.entries()},
     )
 
 
 def reconcile(
-    dataset: lance.LanceDataset, uri: str, plan_id: str, indices: np.ndarray, committed: IndexSet
+    dataset: lance.LanceDataset, plan_id: str, wanted: Indices, committed: IndexSet, log: QuarantineLog
 ) -> Reconciliation:
-    """What became of each of `indices` (N,) int64, given which requests of the plan are committed."""
-    wanted = IndexSet()
-    wanted.add(np.asarray(indices, np.int64))
+    """What became of each of `wanted`, given which requests of the plan are committed."""
+    wanted = index_set(wanted)
     verdicts = count_verdicts(dataset, plan_id, wanted)
     quarantined = [
         entry.reason
-        for entry in QuarantineLog(uri, plan_id).entries()
+        for entry in log.entries()
         if wanted.contains(index := np.array([entry.request_index], np.int64))[0]
         and not committed.contains(index)[0]
     ]
@@ -76,6 +74,14 @@ def reconcile(
         quarantined=dict(sorted(Counter(quarantined).items())),
         pending=len(wanted) - number - len(quarantined),
     )
+
+
+def _config_writer(table: Table, plan_id: str) -> str | None:
+    """Who holds a config lease that has not run out."""
+    holder = Holder.from_json(table.dataset.config().get(f"lease.{plan_id}", ""))
+    if holder is None or holder.process.is_known_dead() or time.time() - holder.renewed > SECONDS_TO_LIVE:
+        return None
+    return str(holder)
 
 
 def _writer(lease: Path) -> str | None:

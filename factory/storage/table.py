@@ -16,7 +16,8 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from factory.storage.errors import storage_faults
+from factory.storage.access import TestAccess, TestGuard, record_access
+from factory.storage.errors import reliably, storage_faults
 from factory.storage.location import StorageOptions, lance_options
 from factory.storage.verdicts import effective_expressions, expand_filter
 
@@ -32,16 +33,23 @@ class Table:
         storage_options: how to reach it, for object stores.
     """
 
-    def __init__(self, uri: str, dataset: lance.LanceDataset, storage_options: StorageOptions = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        dataset: lance.LanceDataset,
+        storage_options: StorageOptions = None,
+        test_access: TestAccess | None = None,
+    ) -> None:
         self.uri = uri
         self.storage_options = storage_options
         self._dataset = dataset
+        self._test_access = test_access
 
     def __repr__(self) -> str:
         return f"Table({self.uri!r}, version={self.version}, rows={self.count()})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.uri, self.version, self.storage_options)
+        return _reopen, (self.uri, self.version, self.storage_options, self._test_access)
 
     @property
     def version(self) -> int:
@@ -82,25 +90,25 @@ class Table:
 
         Raises:
             ValueError: a column does not exist or the filter cannot be understood; names the columns.
+            PermissionError: what test images of a real table show is asked for without `test_access`.
         """
         with self._explained(filter, columns):
-            return self._dataset.to_table(
-                columns=None if columns is None else list(columns),
-                filter=self._expanded(filter),
-                limit=limit,
-                offset=offset,
+            guard = self._guard(columns)
+            found = self._dataset.to_table(
+                columns=guard.columns, filter=self._expanded(filter), limit=limit, offset=offset
             )
+            return guard.released(found)
 
     def batches(
         self, columns: Sequence[str] | None = None, filter: str | None = None, batch_size: int = 1024
     ) -> Iterator[pa.RecordBatch]:
         """The same as `read`, streamed in batches of at most `batch_size` rows."""
         with self._explained(filter, columns):
-            yield from self._dataset.to_batches(
-                columns=None if columns is None else list(columns),
-                filter=self._expanded(filter),
-                batch_size=batch_size,
-            )
+            guard = self._guard(columns)
+            for batch in self._dataset.to_batches(
+                columns=guard.columns, filter=self._expanded(filter), batch_size=batch_size
+            ):
+                yield guard.released(batch)
 
     def nearest(
         self,
@@ -141,18 +149,21 @@ class Table:
 
         Raises:
             ValueError: unknown column, bad filter, or bad vector; names the columns that exist.
+            PermissionError: see `read`.
         """
         names = [name for name in self._query_names(columns) if name != "similarity" or like is None]
         with self._explained(filter, names):
-            projection, expanded = self._projection(names), self._expanded(filter)
+            guard = self._guard(names, like=like is not None)
+            projection, expanded = self._projection(guard.columns or ()), self._expanded(filter)
             if like is None:
                 found = self._dataset.to_table(columns=projection, filter=expanded, limit=limit)
-                return self._described(found)
+                return self._described(guard.released(found))
             search = {"column": "embedding", "q": self._checked_vector(like), "k": k, "metric": "cosine"}
             projection["_distance"] = "_distance"
             found = self._dataset.to_table(
                 columns=projection, filter=expanded, nearest=search, prefilter=True, limit=limit
             )
+        found = guard.released(found)
         distance = found["_distance"].to_numpy()
         found = found.drop_columns(["_distance"])
         similarity = pa.array(1.0 - distance, pa.float32())
@@ -169,12 +180,29 @@ class Table:
         """The same rows as `query` without `like`, streamed: for tables that do not fit into memory."""
         names = self._query_names(columns)
         with self._explained(filter, names):
-            yield from self._dataset.to_batches(
-                columns=self._projection(names),
+            guard = self._guard(names)
+            for batch in self._dataset.to_batches(
+                columns=self._projection(guard.columns or ()),
                 filter=self._expanded(filter),
                 limit=limit,
                 batch_size=batch_size,
-            )
+            ):
+                yield guard.released(batch)
+
+    def numpy_batches(
+        self,
+        filter: str | None = None,
+        *,
+        columns: Sequence[str] | None = None,
+        limit: int | None = None,
+        batch_size: int = 1024,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of `query_batches` as arrays by column, which torch takes by `torch.from_numpy`.
+
+        Numbers are (B,), with NaN for null; vectors (B, dim); text, bytes and the rest (B,) of Python objects.
+        """
+        for batch in self.query_batches(filter, columns=columns, limit=limit, batch_size=batch_size):
+            yield {name: _as_array(batch.column(name)) for name in batch.schema.names}
 
     def query_schema(self, columns: Sequence[str] | None = None) -> pa.Schema:
         """Fields of what `query` returns without `like`: the stored columns and the effective verdicts."""
@@ -254,6 +282,9 @@ class Table:
             return None
         return expand_filter(filter, self.schema)
 
+    def _guard(self, columns: Sequence[str] | None, *, like: bool = False) -> TestGuard:
+        return TestGuard(self.uri, self.schema, self._test_access, columns, like=like)
+
     def _explained(self, filter: str | None, columns: Sequence[str] | None) -> "_Explained":
         return _Explained(self, filter, columns)
 
@@ -311,33 +342,50 @@ def open_table(
     version: int | None = None,
     tag: str | None = None,
     storage_options: StorageOptions = None,
+    test_access: TestAccess | None = None,
 ) -> Table:
     """The table at `uri`: its latest version, or the one named by number or tag.
 
+    Args:
+        uri: a path, or `s3://bucket/path` or `gs://bucket/path`.
+        version, tag: which version, if not the latest.
+        storage_options: how to reach an object store; those of the environment hold without them.
+        test_access: leave to read what the test images of a real table show; recorded beside the table.
+
     Raises:
-        FileNotFoundError: no table there.
+        FileNotFoundError: no table there, or no such bucket.
+        StorageUnreachable: the object store does not answer.
         ValueError: both `version` and `tag` given, or no such version or tag.
     """
     if version is not None and tag is not None:
         raise ValueError(f"open {uri} by version or by tag, not both ({version}, {tag!r})")
     uri = str(uri)
     try:
-        with storage_faults(uri, "open"):
-            dataset = lance.dataset(uri, storage_options=lance_options(storage_options))
+        options = lance_options(storage_options)
+        dataset = reliably(uri, "open", lambda: lance.dataset(uri, storage_options=options))
     except ValueError as fault:
         if "was not found" not in str(fault):
             raise
         raise FileNotFoundError(f"no table at {uri}; {_made_by(uri)}") from fault
-    table = Table(uri, dataset, storage_options)
+    table = Table(uri, _at_version(uri, dataset, version, tag), storage_options, test_access)
+    if test_access is not None:
+        record_access(uri, table.version, test_access, storage_options)
+    return table
+
+
+def _at_version(
+    uri: str, dataset: lance.LanceDataset, version: int | None, tag: str | None
+) -> lance.LanceDataset:
+    table = Table(uri, dataset)
     if tag is not None:
         tags = table.tags()
         if tag not in tags:
             raise ValueError(f"tag {tag!r} is not in {uri}; tags: {', '.join(sorted(tags)) or 'none yet'}")
         version = tags[tag]
     if version is None:
-        return table
+        return dataset
     try:
-        return Table(uri, dataset.checkout_version(version), storage_options)
+        return dataset.checkout_version(version)
     except (ValueError, OSError) as fault:
         if "was not found" not in str(fault):
             raise
@@ -345,8 +393,17 @@ def open_table(
         raise ValueError(f"version {version} is not in {uri}; versions: {known[0]} … {known[-1]}") from fault
 
 
-def _reopen(uri: str, version: int, storage_options: StorageOptions) -> Table:
-    return open_table(uri, version=version, storage_options=storage_options)
+def _reopen(uri: str, version: int, storage_options: StorageOptions, test_access: TestAccess | None) -> Table:
+    """In another process: the leave that was recorded when the table was opened is not recorded again."""
+    table = open_table(uri, version=version, storage_options=storage_options)
+    return Table(uri, table.dataset, storage_options, test_access)
+
+
+def _as_array(column: pa.Array) -> np.ndarray:
+    if pa.types.is_fixed_size_list(column.type) and not column.null_count:
+        flat = column.flatten().to_numpy(zero_copy_only=False, writable=True)
+        return flat.reshape(len(column), column.type.list_size)
+    return column.to_numpy(zero_copy_only=False, writable=True)
 
 
 def _made_by(uri: str) -> str:

@@ -14,8 +14,9 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from factory.storage.errors import DuplicateRequests, TableDamaged, storage_faults
-from factory.storage.ledger import Ledger, sync
+from factory.storage.errors import DuplicateRequests, TableDamaged, reliably
+from factory.storage.files import Files, files_at, sync
+from factory.storage.ledger import Ledger
 from factory.storage.location import StorageOptions, lance_options, local_path
 from factory.storage.verdicts import STREAM_VERDICT
 from schemas.identity import hash_parts
@@ -97,14 +98,16 @@ def write_fragment(
     Raises:
         DuplicateRequests: a request_id or request_index stands twice in `rows`.
         ValueError: no rows, rows of several plans, or columns that do not fit the table.
-        StorageFull, PermissionError: nothing was recorded; the rows count as not made.
+        StorageFull, StorageUnreachable, PermissionError: nothing was recorded; the rows count as not made.
     """
     started = time.monotonic()
     plan_id, ids, indices = _checked(rows)
     if not run_id or not all(c.isalnum() or c in "-_" for c in run_id):
         raise ValueError(f"run_id {run_id!r}: only letters, digits, '-' and '_' may be used")
-    ledger = Ledger(uri, plan_id)
-    fragment = _write_data_file(uri, rows, storage_options)
+    options = lance_options(storage_options)
+    dataset = reliably(uri, "open", lambda: lance.dataset(uri, storage_options=options))
+    ledger = Ledger(uri, plan_id, storage_options=storage_options, dataset=dataset)
+    fragment = _write_data_file(uri, dataset, rows)
     record = FragmentRecord(
         plan_id=plan_id,
         run_id=run_id,
@@ -124,21 +127,22 @@ def write_record(ledger: Ledger, record: FragmentRecord) -> None:
     ledger.put(RECORDS, record.name, record.to_dict())
 
 
-def missing_data_file(uri: str, record: FragmentRecord) -> str | None:
+def data_files(uri: str, storage_options: StorageOptions = None) -> Files:
+    """The files that hold the rows of the table at `uri`."""
+    return files_at(f"{str(uri).rstrip('/')}/data", str(uri), storage_options)
+
+
+def missing_data_file(files: Files, record: FragmentRecord) -> str | None:
     """Why the data of `record` cannot be committed: a file is missing or has another size. None if it can.
 
     Lance commits a fragment whose file is gone, and the table is then unreadable.
     """
-    root = local_path(uri)
-    assert root is not None, "the ledger has refused object stores"
     for item in record.fragment["files"]:
-        path = root / "data" / item["path"]
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            return f"data file {path.name} is missing"
+        name, size = item["path"], files.size(item["path"])
+        if size is None:
+            return f"data file {name} is missing"
         if size != item["file_size_bytes"]:
-            return f"data file {path.name} has {size} bytes, not {item['file_size_bytes']}"
+            return f"data file {name} has {size} bytes, not {item['file_size_bytes']}"
     return None
 
 
@@ -158,20 +162,24 @@ def _checked(rows: pa.Table) -> tuple[str, list[str], np.ndarray]:
 
 
 def _write_data_file(
-    uri: str, rows: pa.Table, storage_options: StorageOptions
+    uri: str, dataset: lance.LanceDataset, rows: pa.Table
 ) -> lance.fragment.FragmentMetadata:
-    with storage_faults(uri, "write a fragment of"):
-        dataset = lance.dataset(uri, storage_options=lance_options(storage_options))
-        schema = _stored_schema(uri, dataset.schema, rows)
-        fragments = lance.fragment.write_fragments(
-            rows.cast(schema), dataset, schema=schema, mode="append", max_rows_per_file=max(rows.num_rows, 1)
+    schema = _stored_schema(uri, dataset.schema, rows)
+    rows = rows.cast(schema)
+
+    def write() -> list[lance.fragment.FragmentMetadata]:
+        """Each try makes a data file of its own; one that was written in vain is an orphan."""
+        return lance.fragment.write_fragments(
+            rows, dataset, schema=schema, mode="append", max_rows_per_file=max(rows.num_rows, 1)
         )
-        root = local_path(uri)
-        if root is not None:
-            for fragment in fragments:
-                for item in fragment.files:
-                    sync(root / "data" / str(item.path))
-            sync(root / "data")
+
+    fragments = reliably(uri, "write a fragment of", write)
+    root = local_path(uri)
+    if root is not None:
+        for fragment in fragments:
+            for item in fragment.files:
+                sync(root / "data" / str(item.path))
+        sync(root / "data")
     if len(fragments) != 1 or fragments[0].num_rows != rows.num_rows:
         written = [fragment.num_rows for fragment in fragments]
         raise TableDamaged(f"{uri}: {rows.num_rows} rows were to be written, data files have {written}")

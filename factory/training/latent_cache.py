@@ -63,16 +63,20 @@ def cache_key(row: TrainingRow, hidden: bool) -> str:
 
 def latents_uri(real: str, generator: "LatentDiffusion") -> str:
     """Where the latents of the rows of `real` lie for this generator's VAE and resolution."""
+    from factory.storage import cache_folder
+
     digest = digest_part(generator.vae_folder(), "vae")
-    return f"{real.rstrip('/')}.cache/latents-{_LAYOUT}-{digest}-{generator.resolution}.lance"
+    return str(cache_folder(real) / f"latents-{_LAYOUT}-{digest}-{generator.resolution}.lance")
 
 
 def prompts_uri(real: str, generator: "LatentDiffusion") -> str:
     """Where the embeddings of prompts lie for this generator's text encoder and tokenizer."""
+    from factory.storage import cache_folder
+
     base = generator.base_folder()
     added = [word for pair in generator.placeholders for word in pair]
     digest = hash_parts(digest_part(base, "text_encoder"), digest_part(base, "tokenizer"), *added)
-    return f"{real.rstrip('/')}.cache/prompts-{digest}.lance"
+    return str(cache_folder(real) / f"prompts-{digest}.lance")
 
 
 def latents_schema(latent_shape: tuple[int, int, int]) -> pa.Schema:

@@ -29,7 +29,9 @@ SCHEMA = pa.schema(
 
 def sketches_uri(real: str, extractor: Extractor, resolution: int) -> str:
     """Where the sketches of the rows of `real` lie for this extractor and resolution."""
-    return f"{real.rstrip('/')}.cache/sketches-{extractor.digest()}-{resolution}.lance"
+    from factory.storage import cache_folder
+
+    return str(cache_folder(real) / f"sketches-{extractor.digest()}-{resolution}.lance")
 
 
 def sketches_of(

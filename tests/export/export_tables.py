@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from factory.imaging import encode_png
-from factory.storage import open_table, write_table
+from factory.storage import TestAccess, open_table, write_table
 from schemas.request import SynthesisPlan
 from schemas.sample import RealSample, SyntheticSample, real_schema, synthetic_schema, table_of
 
+ACCESS = TestAccess(opened_by="tests", reason="the whole table")
 DIM = 4
 HOSTILE = "../../etc/passwd"
 LABELS = ("benign", HOSTILE)
@@ -139,4 +140,4 @@ def write_real(path: Path) -> str:
 
 def stored_rows(uri: str, key: str) -> dict[str, dict]:
     """All rows of a table by id, read without the code under test."""
-    return {row[key]: row for row in open_table(uri).read().to_pylist()}
+    return {row[key]: row for row in open_table(uri, test_access=ACCESS).read().to_pylist()}

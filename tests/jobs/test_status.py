@@ -58,7 +58,7 @@ def test_a_running_job_is_named_and_not_disturbed(uri: str, capsys: pytest.Captu
         out = capsys.readouterr().out
         assert "being written by process" in out and "run busy" in out and "wait for the committer" in out
         committer.adopt()
-        missing = committer.missing(np.arange(16))
+        missing = committer.missing(np.arange(16)).to_array()
         assert missing.tolist() == [12, 13, 14]
         committer.add(write_fragment(uri, synthetic_rows(PLAN, missing), run_id="busy"))
         committer.commit()

@@ -1,11 +1,13 @@
 """The stream on a real Ray: exactly once, whatever dies; the same images, whatever the batching."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,51 @@ def test_every_row_is_whole(first_run: Args) -> None:
         assert row["label_name"] in row["prompt"]
         assert row["code_version"] and row["fingerprint"] and row["source_parameters"] != "{}"
         assert row["num_inference_steps"] == 3
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """Address of an S3-compatible server on loopback with an empty bucket named `bucket`."""
+    script = ROOT / "tests" / "storage" / "s3_server.py"
+    server = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        address = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_a_table_on_an_object_store_has_the_same_rows_and_no_secret_is_tracked(
+    first_run: Args, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's workers, which started before, have the options from their tasks alone."""
+    import sqlite3
+
+    secret = "a-secret-for-the-driver"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    options = {
+        "aws_endpoint": bucket,
+        "aws_region": "us-east-1",
+        "aws_access_key_id": "driver",
+        "aws_secret_access_key": secret,
+    }
+    monkeypatch.setenv("FACTORY_STORAGE_OPTIONS", json.dumps(options))
+    remote = dataclasses.replace(
+        first_run, out="s3://bucket/runs/synthetic.lance", labels="benign=3,malignant=3"
+    )
+    assert _run(remote).committed == 6
+    assert (again := _run(remote)).made == 0 and again.committed == 6
+    local, stored = _rows(first_run.out), _rows(remote.out)
+    assert len(stored) == 6 and set(stored) <= set(local)
+    for request_id, row in stored.items():
+        assert row["requested_mask"] == local[request_id]["requested_mask"]
+    assert secret not in repr(open_table(remote.out).metadata)
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert secret not in "\n".join(database.iterdump())
 
 
 @pytest.mark.slow
@@ -150,7 +197,7 @@ def test_a_request_that_kills_its_process_is_quarantined_alone(
         max_quarantined=0.5,
         max_tries=2,
     )
-    requests = prepare(args).request_stage(prepare(args).indices).to_pylist()
+    requests = prepare(args).request_stage(prepare(args).requested.to_array()).to_pylist()
     areas = {row["request_id"]: np.count_nonzero(decode_png(row["requested_mask"])) for row in requests}
     largest = max(areas, key=lambda request_id: areas[request_id])
     monkeypatch.setenv("POISON_AREA", str(areas[largest] - 1))

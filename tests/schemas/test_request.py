@@ -78,3 +78,17 @@ def test_bad_requests_are_refused_by_name() -> None:
         PLAN.request("benign", -1)
     with pytest.raises(ValueError, match="at least one class"):
         replace(PLAN, labels=())
+
+
+@given(
+    st.dictionaries(st.sampled_from(PLAN.labels), st.integers(0, 50)), st.integers(1, 30), st.integers(0, 3)
+)
+def test_blocks_of_indices_are_the_indices(counts: dict[str, int], block: int, attempt: int) -> None:
+    blocks = list(PLAN.index_blocks(counts, attempt, block))
+    expected = sorted(
+        PLAN.request(label, ordinal, attempt).request_index
+        for label, count in counts.items()
+        for ordinal in range(count)
+    )
+    assert [index for found in blocks for index in found.tolist()] == expected
+    assert all(0 < len(found) <= block for found in blocks)

@@ -1,9 +1,9 @@
 """A synthesize job in one process, to be killed: two write threads and a committer. For test_kills.py.
 
-    python crash_job.py URI NUM_REQUESTS RUN_ID [BOUNDARY]
+    python crash_job.py URI NUM_REQUESTS RUN_ID [BOUNDARY [SEED]]
 
-Prints "ready" when it is about to take the lease. With BOUNDARY it kills itself (SIGKILL) at that point, the third time
-it comes there.
+Prints "ready" when it is about to take the lease. With BOUNDARY (not empty) it kills itself (SIGKILL) at that point,
+the third time it comes there. SEED makes another plan.
 """
 
 import itertools
@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
-from storage_rows import LABELS, plan_of, synthetic_rows, synthetic_table
+from storage_rows import DIM, LABELS, METADATA, plan_of, synthetic_rows
 
 import factory.storage.committer as committer_module
+import factory.storage.files as files_module
 import factory.storage.writer as writer_module
-from factory.storage import Committer, write_fragment
+from factory.storage import Committer, create_table, write_fragment
+from schemas.sample import synthetic_schema
 
 ROWS_PER_FRAGMENT = 4
 BOUNDARIES = {
@@ -25,7 +26,7 @@ BOUNDARIES = {
     "between record and its arrival at the committer": (writer_module, "write_record", "after"),
     "between record and commit": (committer_module.Committer, "_append", "before"),
     "after commit before acknowledgement": (committer_module.Committer, "_append", "after"),
-    "within the acknowledgement": (committer_module.Ledger, "delete", "after"),
+    "within the acknowledgement": (files_module, "remove", "after"),
 }
 
 
@@ -46,15 +47,15 @@ def die_at(boundary: str, visits: int = 3) -> None:
     setattr(owner, name, dying)
 
 
-def run_job(uri: str, num_requests: int, run_id: str) -> str:
+def run_job(uri: str, num_requests: int, run_id: str, seed: int = 0) -> str:
     """Do what is missing; the reconciliation line."""
-    synthetic_table(Path(uri).parent, Path(uri).name)
-    plan = plan_of()
+    create_table(uri, synthetic_schema(DIM), metadata=METADATA)
+    plan = plan_of(seed)
     wanted = plan.indices({label: num_requests // len(LABELS) for label in LABELS})
     print("ready", flush=True)
     with Committer(uri, plan_id=plan.plan_id, run_id=run_id, rows_per_commit=8) as committer:
         committer.adopt()
-        missing = committer.missing(wanted)
+        missing = committer.missing(wanted).to_array()
         parts = [missing[i : i + ROWS_PER_FRAGMENT] for i in range(0, len(missing), ROWS_PER_FRAGMENT)]
         with ThreadPoolExecutor(2) as pool:
             tasks = [
@@ -68,6 +69,7 @@ def run_job(uri: str, num_requests: int, run_id: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 4:
-        die_at(sys.argv[4])
-    print(run_job(sys.argv[1], int(sys.argv[2]), sys.argv[3]), flush=True)
+    boundary, seed = (sys.argv[4:6] + ["", "0"][max(len(sys.argv) - 4, 0) :])[:2]
+    if boundary:
+        die_at(boundary)
+    print(run_job(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(seed)), flush=True)

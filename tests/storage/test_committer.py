@@ -68,7 +68,7 @@ def test_leaving_normally_commits_and_leaving_by_an_error_leaves_it_to_the_next_
     assert indices_in(uri) == [0]
     with committer(uri) as c:
         assert c.adopt() == 1
-        assert c.missing(np.arange(4)).tolist() == [2, 3]
+        assert c.missing(np.arange(4)).to_array().tolist() == [2, 3]
     assert indices_in(uri) == [0, 1]
 
 
@@ -95,7 +95,7 @@ def test_a_task_that_ran_twice_counts_once(uri):
         assert Ledger(uri, PLAN.plan_id).names("records") == []
         assert c.add(write(uri, [1, 0])) is False
         assert c.add(write(uri, [2, 1])) is False  # batched otherwise: 2 stays missing
-        assert c.missing(np.arange(3)).tolist() == [2]
+        assert c.missing(np.arange(3)).to_array().tolist() == [2]
         assert [item.reason for item in c.dropped] == [
             "some of its requests are committed or waiting already"
         ] * 3
@@ -114,7 +114,7 @@ def test_a_record_is_adopted_only_if_none_of_its_ids_is_committed(uri):
             "another record holds some of its requests",
             "some of its requests are committed already",
         ]
-        missing = c.missing(np.arange(6)).tolist()
+        missing = c.missing(np.arange(6)).to_array().tolist()
     adopted = indices_in(uri)
     assert (
         len(adopted) == 4 and set(adopted) | set(missing) == set(range(6)) and not set(adopted) & set(missing)
@@ -131,7 +131,7 @@ def test_a_record_without_its_whole_data_file_is_dropped(uri, tmp_path, damage):
         assert (
             "missing" in c.dropped[0].reason if damage == "missing" else "bytes, not" in c.dropped[0].reason
         )
-        assert c.missing(np.arange(3)).tolist() == [1, 2]
+        assert c.missing(np.arange(3)).to_array().tolist() == [1, 2]
     assert len(open_table(uri).read()) == 1
 
 
@@ -142,7 +142,7 @@ def test_a_data_file_that_vanishes_in_the_run_is_not_committed(uri, tmp_path):
         c.add(write(uri, [1]))
         data_file(uri, broken, tmp_path).unlink()
         assert c.commit() == 1
-        assert c.missing(np.arange(2)).tolist() == [0]
+        assert c.missing(np.arange(2)).to_array().tolist() == [0]
     assert indices_in(uri) == [1]
     assert Ledger(uri, PLAN.plan_id).names("records") == []
 
@@ -177,7 +177,7 @@ def test_missing_knows_attempts_waiting_and_quarantined(uri):
         c.commit()
         c.add(write(uri, [second]))
         asked = np.array([0, 1, 2, 3, second, second + 1])
-        assert c.missing(asked).tolist() == [1, 3, second + 1]
+        assert c.missing(asked).to_array().tolist() == [1, 3, second + 1]
 
 
 def test_a_second_committer_of_the_plan_is_refused_and_another_plan_is_not(uri):
@@ -262,7 +262,7 @@ def test_rows_without_a_column_that_may_not_be_null_are_not_committed(uri):
         lance.dataset(uri).add_columns({"twice": "label * 2"})
         assert c.commit() == 0  # Lance would take the rows, and the table could not be read any more
         assert "lacks column 'twice'" in c.dropped[0].reason
-        assert c.missing(np.arange(2)).tolist() == [1]
+        assert c.missing(np.arange(2)).to_array().tolist() == [1]
     with committer(uri) as c:
         assert c.adopt() == 0 and c.dropped[0].num_rows == left.num_rows
     assert open_table(uri).read().num_rows == 1

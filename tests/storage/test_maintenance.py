@@ -77,7 +77,7 @@ def test_synthesis_goes_on_after_compaction(uri: str) -> None:
     plan = plan_of()
     maintain(uri, run_id="m")
     with Committer(uri, plan_id=plan.plan_id, run_id="run-2") as committer:
-        missing = committer.missing(np.arange(140))
+        missing = committer.missing(np.arange(140)).to_array()
         assert missing.tolist() == list(range(120, 140))
         committer.add(write_fragment(uri, synthetic_rows(plan, missing), run_id="run-2"))
         committer.commit()

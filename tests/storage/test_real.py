@@ -1,7 +1,9 @@
 """Real rows by split: no test row without a recorded leave."""
 
+import copy
+
 import pytest
-from storage_rows import DIM, METADATA, real_samples, synthetic_table
+from storage_rows import DIM, METADATA, real_samples, synthetic_table, unit
 
 from factory.storage import (
     TestAccess,
@@ -13,6 +15,8 @@ from factory.storage import (
     write_table,
 )
 from schemas.sample import real_schema
+
+ACCESS = TestAccess(opened_by="evaluate downstream", reason="report")
 
 
 @pytest.fixture
@@ -29,8 +33,7 @@ def test_test_rows_are_refused_without_access_and_recorded_with_it(real):
     with pytest.raises(PermissionError, match="evaluate downstream"):
         real_rows(real.uri, splits=("train", "test"))
     assert test_accesses(real.uri) == []
-    access = TestAccess(opened_by="evaluate downstream", reason="report")
-    assert set(real_rows(real.uri, splits=("test",), access=access)["split"].to_pylist()) == {"test"}
+    assert set(real_rows(real.uri, splits=("test",), access=ACCESS)["split"].to_pylist()) == {"test"}
     entry = test_accesses(real.uri)[0]
     assert (entry["opened_by"], entry["reason"], entry["version"]) == ("evaluate downstream", "report", "1")
     with pytest.raises(ValueError, match="who reads"):
@@ -45,7 +48,7 @@ def test_an_unknown_split_and_another_kind_of_table_are_refused(real, tmp_path):
 
 
 def test_the_digest_depends_on_rows_of_the_split_and_not_on_their_order(real, tmp_path):
-    rows = real.read()
+    rows = real_rows(real.uri, splits=("train", "val", "test"), access=ACCESS)
     turned = write_table(str(tmp_path / "t.lance"), rows.take(list(range(19, -1, -1))), real_schema(DIM))
     fewer = write_table(str(tmp_path / "f.lance"), rows.slice(1), real_schema(DIM))
     no_test = write_table(
@@ -63,3 +66,41 @@ def test_class_names_come_from_the_metadata(real, tmp_path):
     bare = write_table(str(tmp_path / "bare.lance"), real_samples(2), real_schema(DIM))
     with pytest.raises(ValueError, match="records no class_names"):
         class_names(bare)
+
+
+def test_what_test_images_show_is_guarded_in_every_way_of_reading(real):
+    table = open_table(real.uri)
+    reads = [
+        lambda: table.read(),
+        lambda: table.read(["embedding"], "label = 1"),
+        lambda: list(table.batches(["mask"])),
+        lambda: table.query("split = 'test'", columns=["image"]),
+        lambda: list(table.query_batches(columns=["attributes"])),
+        lambda: next(table.numpy_batches()),
+        lambda: table.query(columns=["image_id"], like=unit(0)),
+        lambda: table.nearest(unit(0), columns=["image_id"]),
+    ]
+    for read in reads:
+        with pytest.raises(PermissionError, match="the test split of .* add split IN"):
+            read()
+    assert table.read(["image"], "split <> 'test'").num_rows == 15
+    assert table.query("split = 'train'", like=unit(0), k=3).num_rows == 3
+    assert table.count() == 20 and table.read(["image_id", "split", "label_name"]).num_rows == 20
+
+
+def test_a_table_opened_with_leave_is_read_whole_and_its_opening_recorded(real):
+    table = open_table(real.uri, test_access=ACCESS)
+    assert table.read().num_rows == 20 and table.query("split = 'test'").num_rows == 5
+    assert copy.copy(table).read().num_rows == 20  # as it goes to another process
+    assert [entry["opened_by"] for entry in test_accesses(real.uri)] == ["evaluate downstream"]
+
+
+def test_batches_of_arrays_fit_torch(real):
+    torch = pytest.importorskip("torch")
+    batches = list(
+        real.numpy_batches("split <> 'test'", columns=["embedding", "label", "image"], batch_size=8)
+    )
+    assert sum(len(batch["label"]) for batch in batches) == 15
+    first = torch.from_numpy(batches[0]["embedding"])
+    assert first.shape == (len(batches[0]["label"]), DIM) and torch.from_numpy(batches[0]["label"]).ndim == 1
+    assert isinstance(batches[0]["image"][0], bytes)

@@ -12,7 +12,8 @@ import pytest
 from storage_rows import plan_of, synthetic_rows, synthetic_table
 
 from factory.storage import DuplicateRequests, FragmentRecord, TableDamaged, open_table, write_fragment
-from factory.storage.ledger import Ledger, write_whole
+from factory.storage.files import files_at, write_whole
+from factory.storage.ledger import Ledger
 
 PLAN = plan_of()
 
@@ -87,8 +88,8 @@ def test_a_file_of_the_ledger_is_there_whole_or_not_at_all(tmp_path):
 
 
 def test_the_ledger_refuses_what_it_cannot_keep(tmp_path):
-    with pytest.raises(ValueError, match="local or mounted file system"):
-        Ledger("s3://bucket/synthetic.lance", PLAN.plan_id)
+    with pytest.raises(ValueError, match="s3:// and gs://, not az://"):
+        files_at("az://bucket/synthetic.lance.ledger", "az://bucket/synthetic.lance")
     with pytest.raises(FileNotFoundError, match="create it before"):
         Ledger(str(tmp_path / "none.lance"), PLAN.plan_id)
     with pytest.raises(ValueError, match="plan_id '../x'"):
