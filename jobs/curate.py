@@ -1,17 +1,20 @@
 """Mark copies of real images and duplicates in a synthetic table; no row is dropped, no image rewritten.
 
     factory curate synthetic.lance --real real.lance
-    factory curate synthetic.lance --real real.lance --duplicate-similarity 0.97 --copy-correlation 0.6
+    factory curate synthetic.lance --real real.lance --duplicate-similarity benign=0.97,malignant=0.95
+    factory curate synthetic.lance --real real.lance --min-share 0.5 --floor keep --report reports
+    factory curate synthetic.lance --real real.lance --rejudge --threshold SimilarityBand.upper=1.2
 
 The verdict of a row is the first of these that holds:
 
 1. near_copy_of_real: the registered-crop test finds a real training image in it. Tested are rows that the stream
    accepted or found too similar to real ones, for which this is the more telling reason.
-2. The stream's own verdict, as it stands in `stream_reject_reason`.
+2. The stream's own verdict, as it stands in `stream_reject_reason`, or judged again from stored scores (--rejudge).
 3. duplicate_of_synthetic: among the remaining rows, all but the best of each set of near-duplicates.
 
 Thresholds come from real training images against those of other patients, unless given. Every run writes the
-nullable columns of all rows anew, as a new version with a tag of its own.
+nullable columns of all rows anew, as a new version with a tag of its own. Links between rows are kept beside the
+table, so that a grown table is searched for pairs with new rows only. docs/deduplication.md says how it scales.
 """
 
 import dataclasses
@@ -19,28 +22,25 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
+from jobs.curation_result import CurationResult, NearestPair, metrics, print_result
 
-    from factory.curation.memorisation import Region
-    from factory.curation.planted import Power
+if TYPE_CHECKING:
     from factory.embedding import EmbedderSpec
     from factory.storage import Table
-    from jobs.curation_closeness import ClosenessFinding
     from jobs.curation_copies import CopyFindings
+    from jobs.curation_duplicates import Search
     from jobs.curation_rows import RealRows, SyntheticRows
+    from jobs.curation_verdicts import Verdicts
 
-
-LEAST_POWER = 0.5
-"""Share of planted copies below which the copy test's silence is not to be trusted."""
+__all__ = ["Args", "CurationResult", "NearestPair", "command", "print_result", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,33 @@ class Args:
     """Synthetic table to curate."""
     real: str
     """Real table whose training rows are compared with."""
-    duplicate_similarity: float | None = None
-    """Cosine from which two synthetic rows are duplicates; taken from real images by default."""
+    duplicate_similarity: float | str | None = None
+    """Cosine from which two synthetic rows are duplicates, or one per class (benign=0.97,malignant=0.95; a pair of two
+    classes must reach both); taken from real images by default."""
     duplicate_quantile: float = 0.999
     """Share of real images that are less alike to the nearest one of another patient than duplicates are."""
+    duplicate_per_class: bool = False
+    """Take that quantile among the real images of each class."""
+    method: Literal["auto", "exact", "clustered"] = "auto"
+    """Search for duplicates: exact, clustered (k-means cells as Ray tasks, recall measured), or by number of rows."""
+    max_probes: int = 64
+    """Other cells that a row is searched in at most, when clustered."""
+    recall_rows: int = 512
+    """Rows compared with all others to measure the recall of a clustered search."""
+    memory_budget: float = 2.0
+    """GB for embeddings in this process; more are mapped from files in the work folder."""
+    work_dir: str | None = None
+    """Folder for these files; beside the table by default. A cluster of several machines must see it."""
+    from_scratch: bool = False
+    """Do not use links that an earlier curation kept."""
+    min_share: float = 0.25
+    """Share of a class's rows below which it is told that fewer are accepted."""
+    floor: Literal["warn", "keep"] = "warn"
+    """Below that share: warn, or keep the best duplicates until it is reached."""
+    rejudge: bool = False
+    """Judge the stream's filters again from stored scores, with the thresholds given by --threshold."""
+    threshold: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILTER.FIELD=NUMBER for --rejudge, such as SimilarityBand.upper=1.2; may be repeated."""
     copy_correlation: float | None = None
     """Correlation of registered crops from which a row is a copy; calibrated on real images by default."""
     copy_test: bool = True
@@ -65,52 +88,16 @@ class Args:
     """Real images to plant copies of, to say what share the copy test finds; 0: do not measure."""
     num_pairs: int = 64
     """Nearest-real pairs to keep for a report."""
+    report: str | None = None
+    """Folder to write a page on memorisation and duplicates into."""
+    seed: int = 0
+    """Of the samples and of k-means."""
     num_threads: int | None = None
     """Threads; all cores of this process by default, at most 8."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NearestPair:
-    """A synthetic row and the real image nearest to it; `correlation` is None where it was not tested."""
-
-    request_id: str
-    image_id: str
-    similarity: float
-    correlation: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurationResult:
-    """What a curation found.
-
-    Attributes:
-        uri, version, tag: the table and the version made.
-        total, accepted: rows, and those without a reject reason.
-        rejected: rows per reject reason.
-        by_class: the same per class name, with "accepted" among the reasons.
-        pairs: the most telling nearest-real pairs, copies first.
-        duplicate_similarity: cosine in force.
-        copy_thresholds: correlation in force per region; empty without the copy test.
-        power: what the copy test finds of planted copies, where measured.
-        false_alarm: share of validation images called copies, where there are at least 20.
-        closeness: whether the generator lies closer to its training images than to held-out ones.
-        seconds: of the whole run.
-    """
-
-    uri: str
-    version: int
-    tag: str
-    total: int
-    accepted: int
-    rejected: Mapping[str, int]
-    by_class: Mapping[str, Mapping[str, int]]
-    pairs: Sequence[NearestPair]
-    duplicate_similarity: float | None
-    copy_thresholds: "Mapping[Region, float]"
-    power: "Power | None"
-    false_alarm: float | None
-    closeness: "ClosenessFinding"
-    seconds: float
+    address: str | None = None
+    """Ray cluster to join for the clustered search; a private Ray is started without it."""
+    num_cpus: int | None = None
+    """CPUs of a private Ray."""
 
 
 def run(args: Args) -> CurationResult:
@@ -128,18 +115,53 @@ def run(args: Args) -> CurationResult:
     start = time.perf_counter()
     table, real_table = open_table(args.table), open_table(args.real)
     spec = _check(args, table, real_table)
-    with track(
-        "curate",
-        execution_parameters=dataclasses.asdict(args),
-        inputs={"synthetic": f"{args.table}@{table.version}", "real": f"{args.real}@{real_table.version}"},
-    ) as tracked:
-        real, rows = read_real(real_table), read_synthetic(table)
-        result = _curate(args, spec, table, real_table, real, rows)
+    search = _search(args)
+    with (
+        search.working() as folder,
+        track(
+            "curate",
+            execution_parameters=dataclasses.asdict(args),
+            inputs={
+                "synthetic": f"{args.table}@{table.version}",
+                "real": f"{args.real}@{real_table.version}",
+            },
+        ) as tracked,
+    ):
+        in_memory = search.keeps_in_memory(table.count(), spec.dim)
+        rows = read_synthetic(table, None if in_memory else folder / "embeddings.npy")
+        result = _curate(args, spec, table, real_table, read_real(real_table), rows, search, folder)
         result = dataclasses.replace(result, seconds=time.perf_counter() - start)
         tracked.set({"table": args.table, "table_version": str(result.version), "table_tag": result.tag})
-        tracked.metrics(_metrics(result))
+        tracked.metrics(metrics(result))
         tracked.artifact("nearest_real.json", [dataclasses.asdict(pair) for pair in result.pairs])
     return result
+
+
+def _search(args: Args) -> "Search":
+    """How duplicates are searched; work files and links lie beside the table where that is on a file system."""
+    from factory.storage import ledger_folder
+    from factory.storage.location import local_path
+    from jobs.curation_duplicates import Search
+
+    beside = local_path(ledger_folder(args.table))
+    work = Path(args.work_dir).expanduser().resolve() if args.work_dir else beside
+    return Search(
+        method=args.method,
+        memory_bytes=int(args.memory_budget * 2**30),
+        work_folder=None if work is None else work.resolve(),
+        links_folder=None if beside is None else beside / "curation",
+        from_scratch=args.from_scratch,
+        recall_rows=args.recall_rows,
+        max_probes=args.max_probes,
+        seed=args.seed,
+        num_threads=_threads(args),
+        address=args.address,
+        num_cpus=args.num_cpus,
+    )
+
+
+def _threads(args: Args) -> int:
+    return args.num_threads or min(8, len(os.sched_getaffinity(0)))
 
 
 def _curate(
@@ -149,71 +171,60 @@ def _curate(
     real_table: "Table",
     real: "RealRows",
     rows: "SyntheticRows",
+    search: "Search",
+    folder: Path,
 ) -> CurationResult:
-    import numpy as np
-
     from factory.curation import dedup
     from factory.curation.memorisation import CopyTest
     from jobs.curation_closeness import find_closeness
     from jobs.curation_copies import CopyFindings, find_copies
-    from schemas.sample import RejectReason
+    from jobs.curation_verdicts import curation_columns, mark_copies, mark_duplicates, telling_pairs
 
-    threads = args.num_threads or min(8, len(os.sched_getaffinity(0)))
+    notes: list[str] = []
+    rejudged = None
+    if args.rejudge:
+        from factory.curation.rejudge import Override
+        from jobs.curation_rejudge import rejudge
+
+        again = rejudge(table, real_table, rows, [Override.parse(text) for text in args.threshold])
+        rows, rejudged = dataclasses.replace(rows, stream_reasons=again.reasons), again.changed
+        notes += again.notes
     similarity, nearest = dedup.nearest(
         rows.embeddings,
         real.embeddings,
         1,
         query_groups=rows.groups,
         reference_groups=real.groups,
-        num_threads=threads,
+        num_threads=_threads(args),
     )
     copies = CopyFindings(matches={}, thresholds={}, power=None, false_alarm=None)
     if args.copy_test and rows.request_ids:
         source = CopyTest(candidates=args.copy_candidates, correlation=args.copy_correlation)
         copies = find_copies(
-            source, spec, table, real_table, real, rows, num_planted=args.planted, threads=threads
+            source,
+            spec,
+            table,
+            real_table,
+            real,
+            rows,
+            num_planted=args.planted,
+            threads=_threads(args),
+            rejudged=args.rejudge,
         )
-    reasons: list[str | None] = list(rows.stream_reasons)
-    correlations: list[float | None] = [None] * len(reasons)
-    for row, request_id in enumerate(rows.request_ids):
-        match = copies.matches.get(request_id)
-        if match is None or match.reference < 0:
-            continue
-        correlations[row] = match.correlation
-        if match.is_copy:
-            # The pair to look at is the one that registration found, whatever the embedding prefers.
-            reasons[row] = RejectReason.NEAR_COPY_OF_REAL
-            nearest[row, 0] = match.reference
-            similarity[row, 0] = real.embeddings[match.reference] @ rows.embeddings[row]
-    rest = np.flatnonzero([reason is None for reason in reasons])
-    duplicate_of: list[str | None] = [None] * len(reasons)
-    threshold = None
-    if rest.size > 1:
-        threshold = args.duplicate_similarity
-        if threshold is None:
-            threshold = dedup.real_similarity_quantile(
-                real.embeddings, real.groups, args.duplicate_quantile, threads
-            )
-        for row, kept in _duplicates(rows, rest, threshold, threads).items():
-            reasons[row] = RejectReason.DUPLICATE_OF_SYNTHETIC
-            duplicate_of[row] = rows.request_ids[kept]
-    values = _columns(rows, reasons, duplicate_of, real, similarity, nearest)
+    reasons, correlations = mark_copies(rows, real, copies, similarity, nearest)
+    verdicts = mark_duplicates(args, spec, rows, real, reasons, search, folder)
+    values = curation_columns(rows, verdicts, real, similarity, nearest)
     table = table.write_columns(values, key="request_id")
     tag = table.next_tag()
-    record = {
-        "real": f"{args.real}@{real.version}",
-        "duplicate_similarity": threshold,
-        "copy_thresholds": dict(copies.thresholds),
-        "power": None if copies.power is None else dataclasses.asdict(copies.power),
-        "false_alarm": copies.false_alarm,
-    }
     closeness = find_closeness(real_table, real, rows)
+    record = _record(args, real, copies, verdicts, rejudged)
     table.set_metadata(
         {f"curation.{tag}": json.dumps(record, sort_keys=True), f"memorisation.{tag}": closeness.to_json()}
     )
     table.tag(tag)
+    reasons = verdicts.reasons
     counts = Counter(zip(rows.labels, (reason or "accepted" for reason in reasons)))
-    return CurationResult(
+    result = CurationResult(
         uri=table.uri,
         version=table.version,
         tag=tag,
@@ -224,14 +235,25 @@ def _curate(
             label: {str(reason): n for (name, reason), n in sorted(counts.items()) if name == label}
             for label in sorted(set(rows.labels))
         },
-        pairs=_pairs(args, rows, real, similarity, nearest, correlations, copies),
-        duplicate_similarity=threshold,
+        pairs=telling_pairs(args.num_pairs, rows, real, similarity, nearest, correlations, copies),
+        duplicate_similarity=record["duplicate_similarity"],
         copy_thresholds=copies.thresholds,
         power=copies.power,
         false_alarm=copies.false_alarm,
         closeness=closeness,
         seconds=0.0,
+        duplicate_limits=verdicts.limits,
+        duplicates=verdicts.duplicates,
+        floors=verdicts.floors,
+        rejudged=rejudged,
+        notes=(*notes, *verdicts.notes),
     )
+    if args.report is None:
+        return result
+    from jobs.curation_report import write_report
+
+    page = write_report(Path(args.report), result, table, real_table, real, rows, similarity, copies)
+    return dataclasses.replace(result, report=str(page))
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -240,6 +262,7 @@ def _curate(
 def _check(args: Args, table: "Table", real_table: "Table") -> "EmbedderSpec":
     """The embedder of both tables."""
     from factory.embedding import EmbedderSpec
+    from jobs.curation_thresholds import parse_similarity
 
     if not {"request_id", "stream_reject_reason"} <= set(table.schema.names):
         raise ValueError(f"{args.table} is not a synthetic table; `factory synthesize` makes one")
@@ -256,148 +279,35 @@ def _check(args: Args, table: "Table", real_table: "Table") -> "EmbedderSpec":
             f"--copy-candidates {args.copy_candidates} must be at least 1, --planted {args.planted} and "
             f"--num-pairs {args.num_pairs} at least 0"
         )
-    if not 0 <= args.duplicate_quantile <= 1:
-        raise ValueError(f"--duplicate-quantile {args.duplicate_quantile} is outside 0 … 1")
-    if args.duplicate_similarity is not None and not 0 < args.duplicate_similarity <= 1:
-        raise ValueError(f"--duplicate-similarity {args.duplicate_similarity} is outside (0, 1]")
+    for name, value in (("duplicate-quantile", args.duplicate_quantile), ("min-share", args.min_share)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name} {value} is outside 0 … 1")
+    if args.threshold and not args.rejudge:
+        raise ValueError(f"--threshold {args.threshold[0]}: only with --rejudge")
+    parse_similarity(args.duplicate_similarity)
     return specs[1]
 
 
-# ------------------------------------------------------------------------------------------ verdicts
-
-
-def _duplicates(rows: "SyntheticRows", rest: "np.ndarray", threshold: float, threads: int) -> dict[int, int]:
-    """Row → kept row, for the rows of `rest` that duplicate another of them.
-
-    Of a set of duplicates the row deepest inside the similarity band is kept, then that of lowest request_index.
-    """
-    import numpy as np
-
-    from factory.curation.dedup import find_duplicates
-
-    quality = np.nan_to_num(rows.quality[rest], nan=-np.inf)
-    rank = np.empty(len(rest), np.int64)
-    rank[np.lexsort((rest, rows.indices[rest], -quality))] = np.arange(len(rest))
-    found = find_duplicates(rows.embeddings[rest], rank, threshold, num_threads=threads)
-    return {int(rest[k]): int(rest[found.kept[k]]) for k in np.flatnonzero(found.is_duplicate)}
-
-
-def _columns(
-    rows: "SyntheticRows",
-    reasons: Sequence[str | None],
-    duplicate_of: Sequence[str | None],
-    real: "RealRows",
-    similarity: "np.ndarray",
-    nearest: "np.ndarray",
-) -> "pa.Table":
-    """The curation columns of every row."""
-    import pyarrow as pa
-
-    from schemas.sample import curation_schema
-
-    ids = [None if k < 0 else real.image_ids[k] for k in nearest[:, 0]]
-    values = [float(s) if k >= 0 else None for s, k in zip(similarity[:, 0], nearest[:, 0])]
-    columns = {
-        "request_id": rows.request_ids,
-        "reject_reason": [None if reason is None else str(reason) for reason in reasons],
-        "accepted": [reason is None for reason in reasons],
-        "duplicate_of": list(duplicate_of),
-        "nearest_real": ids,
-        "nearest_real_similarity": values,
-    }
-    schema = pa.schema([pa.field("request_id", pa.string(), nullable=False), *curation_schema()])
-    return pa.table(columns, schema=schema)
-
-
-def _pairs(
+def _record(
     args: Args,
-    rows: "SyntheticRows",
     real: "RealRows",
-    similarity: "np.ndarray",
-    nearest: "np.ndarray",
-    correlations: Sequence[float | None],
     copies: "CopyFindings",
-) -> list[NearestPair]:
-    """The most telling pairs: by excess over the copy threshold, then by similarity."""
-
-    def telling(row: int) -> tuple[float, float, str]:
-        match = copies.matches.get(rows.request_ids[row])
-        excess = match.excess if match is not None and match.is_copy else 0.0
-        return -excess, -float(similarity[row, 0]), rows.request_ids[row]
-
-    there = [row for row in range(len(rows.request_ids)) if nearest[row, 0] >= 0]
-    return [
-        NearestPair(
-            request_id=rows.request_ids[row],
-            image_id=real.image_ids[nearest[row, 0]],
-            similarity=float(similarity[row, 0]),
-            correlation=correlations[row],
-        )
-        for row in sorted(there, key=telling)[: args.num_pairs]
-    ]
-
-
-# ------------------------------------------------------------------------------------------ telling
-
-
-def _metrics(result: CurationResult) -> dict[str, float]:
-    values: dict[str, float] = {
-        "total": result.total,
-        "accepted": result.accepted,
-        **{f"rejected.{reason}": count for reason, count in result.rejected.items()},
-        **{f"copy_threshold.{region}": value for region, value in result.copy_thresholds.items()},
+    verdicts: "Verdicts",
+    rejudged: int | None,
+) -> dict[str, Any]:
+    """What the tag's record says."""
+    same = set(verdicts.limits.values())
+    return {
+        "real": f"{args.real}@{real.version}",
+        "duplicate_similarity": same.pop() if len(same) == 1 else None,
+        "duplicate_limits": dict(verdicts.limits),
+        "deduplication": None if verdicts.duplicates is None else verdicts.duplicates.record(),
+        "floors": [dataclasses.asdict(floor) | {"met": floor.is_met} for floor in verdicts.floors],
+        "rejudged": None if rejudged is None else {"thresholds": list(args.threshold), "changed": rejudged},
+        "copy_thresholds": dict(copies.thresholds),
+        "power": None if copies.power is None else dataclasses.asdict(copies.power),
+        "false_alarm": copies.false_alarm,
     }
-    if result.duplicate_similarity is not None:
-        values["duplicate_similarity"] = result.duplicate_similarity
-    if result.false_alarm is not None:
-        values["copy_false_alarm"] = result.false_alarm
-    if result.closeness.outcome is not None:
-        values["closeness_difference"] = result.closeness.outcome.difference
-        values["closeness_p_value"] = result.closeness.outcome.p_value
-    if result.power is not None:
-        values |= {f"planted_detected.{kind}": share for kind, share in result.power.detected.items()}
-    return values
-
-
-def print_result(result: CurationResult) -> None:
-    """Counts per reason and class, thresholds, what the copy test is worth, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    grid = Grid(title=f"{result.total} rows")
-    grid.add_column("verdict")
-    for label in (*result.by_class, "all"):
-        grid.add_column(label, justify="right")
-    for reason in ("accepted", *result.rejected):
-        counts = [by_reason.get(reason, 0) for by_reason in result.by_class.values()]
-        grid.add_row(reason, *map(str, counts), str(sum(counts)))
-    Console().print(grid)
-    if result.duplicate_similarity is not None:
-        print(f"duplicates: cosine ≥ {result.duplicate_similarity:.4f}")
-    if result.copy_thresholds:
-        parts = ", ".join(f"{region} ≥ {value:.2f}" for region, value in result.copy_thresholds.items())
-        alarm = "" if result.false_alarm is None else f"; {result.false_alarm:.1%} of validation images alarm"
-        print(f"copies of real images: correlation of {parts}{alarm}")
-    if result.power is not None:
-        found = ", ".join(f"{kind} {share:.0%}" for kind, share in result.power.detected.items())
-        print(f"of planted copies of {result.power.num_images} training images it finds: {found}")
-        missed = [kind for kind, share in result.power.detected.items() if share < LEAST_POWER]
-        if missed:
-            print(
-                f"WARNING: the copy test misses most planted copies of kind {', '.join(missed)}, so finding none says "
-                "little. The usual cause: near-duplicates among the real images that share no group_id; let "
-                "`factory prepare` find them, or give patient ids"
-            )
-        elif not result.rejected.get("near_copy_of_real"):
-            print("copies: not detected, at that power")
-    for line in result.closeness.lines():
-        print(line)
-    share = result.accepted / max(result.total, 1)
-    print(f"accepted {result.accepted} of {result.total} ({share:.0%})")
-    print(
-        f"wrote {result.uri} (version {result.version}, tag {result.tag}); "
-        f'next: factory query {result.uri} "accepted" --tag {result.tag}'
-    )
 
 
 def command(argv: Sequence[str]) -> int:

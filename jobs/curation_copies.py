@@ -17,6 +17,7 @@ from factory.curation.planted import PLANTED, Power, detection_power
 from factory.imaging import decode_png
 from jobs.curation_rows import RealRows, SyntheticRows
 from jobs.progress import progress_bar
+from schemas.sample import RejectReason
 
 if TYPE_CHECKING:
     from factory.embedding import EmbedderSpec
@@ -48,6 +49,7 @@ def find_copies(
     *,
     num_planted: int,
     threads: int,
+    rejudged: bool = False,
 ) -> CopyFindings:
     """Fit the copy test on training rows, say how good it is, and test the rows.
 
@@ -58,6 +60,7 @@ def find_copies(
         real, rows: what was read of them.
         num_planted: training images to plant copies of; 0: the power is not measured.
         threads: images compared at a time.
+        rejudged: whether the stream's reasons of `rows` are others than the table's.
 
     Raises:
         ValueError: synthetic images of less than 32 px, or too few training rows to calibrate on.
@@ -80,9 +83,15 @@ def find_copies(
     power = _power(num_planted, spec, test, real_table, real, size) if num_planted else None
     false_alarm = _false_alarm(test, real_table, threads)
     position = {request_id: row for row, request_id in enumerate(rows.request_ids)}
+    tested = {
+        request_id
+        for request_id, reason in zip(rows.request_ids, rows.stream_reasons)
+        if reason is None or reason == RejectReason.TOO_SIMILAR_TO_REAL
+    }
+    where = None if rejudged else _TESTED
     matches: dict[str, CopyMatch] = {}
-    with ThreadPoolExecutor(threads) as pool, progress_bar("copies", table.count(_TESTED)) as advance:
-        for batch in table.batches(["request_id", "image", "mask"], _TESTED, batch_size=_IMAGES_AT_ONCE):
+    with ThreadPoolExecutor(threads) as pool, progress_bar("copies", len(tested)) as advance:
+        for batch in table.batches(["request_id", "image", "mask"], where, batch_size=_IMAGES_AT_ONCE):
 
             def match(row: Mapping[str, Any]) -> CopyMatch:
                 place = position[row["request_id"]]
@@ -91,7 +100,7 @@ def find_copies(
                 regions = REGIONS if group is None else REGIONS[1:]
                 return test.match(_frame(source, row), rows.embeddings[place], group, regions)
 
-            items = batch.to_pylist()
+            items = [item for item in batch.to_pylist() if item["request_id"] in tested]
             matches.update(zip((item["request_id"] for item in items), pool.map(match, items)))
             advance(len(items))
     return CopyFindings(matches=matches, thresholds=test.thresholds, power=power, false_alarm=false_alarm)

@@ -76,14 +76,12 @@ def compare_closeness(
             f"{training.shape}, {held_out.shape}"
         )
     rng = np.random.default_rng(seed)
-    train_one, held_one = _one_per_group(training_groups, rng), _one_per_group(held_out_groups, rng)
-    count = min(len(train_one), len(held_one))
-    if count < MIN_GROUPS:
+    drawn = _draw(
+        synthetic, training, training_groups, held_out, held_out_groups, max_synthetic=max_synthetic, rng=rng
+    )
+    if drawn is None:
         return None
-    train_one, held_one = rng.permutation(train_one), rng.permutation(held_one)[:count]
-    references = np.concatenate([training[train_one[:count]], held_out[held_one]]).astype(np.float32)
-    chosen = rng.permutation(len(synthetic))[:max_synthetic]
-    queries = synthetic[chosen].astype(np.float32)
+    queries, references, count = drawn.queries, drawn.references, drawn.count
     sides = [rng.permutation(2 * count) for _ in range(num_permutations)]
     difference, p_value = _test(queries @ references.T, sides)
     planted = {}
@@ -92,7 +90,7 @@ def compare_closeness(
         places = rng.permutation(len(copies))[: max(1, round(share * len(copies)))]
         copies[places] = _noisy(references[rng.integers(count, size=len(places))], rng)
         planted[float(share)] = _test(copies @ references.T, sides)[1]
-    others = training[train_one[count : 2 * count]].astype(np.float32)
+    others = training[drawn.spare].astype(np.float32)
     control = _test(others @ references.T, sides)[1] if len(others) >= MIN_GROUPS else float("nan")
     return Closeness(
         difference=difference,
@@ -101,6 +99,64 @@ def compare_closeness(
         num_synthetic=len(queries),
         planted=planted,
         control=control,
+    )
+
+
+def reference_similarities(
+    synthetic: np.ndarray,
+    training: np.ndarray,
+    training_groups: Sequence[str],
+    held_out: np.ndarray,
+    held_out_groups: Sequence[str],
+    *,
+    max_synthetic: int = 1000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `compare_closeness` compares: similarity of each synthetic image to the nearest training reference, and to
+    the nearest held-out one, float32 (M,) each; None where there are too few groups. Arguments are the same.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = _draw(
+        synthetic, training, training_groups, held_out, held_out_groups, max_synthetic=max_synthetic, rng=rng
+    )
+    if drawn is None:
+        return None
+    similarity = drawn.queries @ drawn.references.T
+    return similarity[:, : drawn.count].max(axis=1), similarity[:, drawn.count :].max(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Drawn:
+    """Queries (M, D); references (2n, D), training first; n; training rows that are no reference."""
+
+    queries: np.ndarray
+    references: np.ndarray
+    count: int
+    spare: np.ndarray
+
+
+def _draw(
+    synthetic: np.ndarray,
+    training: np.ndarray,
+    training_groups: Sequence[str],
+    held_out: np.ndarray,
+    held_out_groups: Sequence[str],
+    *,
+    max_synthetic: int,
+    rng: np.random.Generator,
+) -> _Drawn | None:
+    """As many training as held-out references, one per group; and some synthetic rows."""
+    train_one, held_one = _one_per_group(training_groups, rng), _one_per_group(held_out_groups, rng)
+    count = min(len(train_one), len(held_one))
+    if count < MIN_GROUPS:
+        return None
+    train_one, held_one = rng.permutation(train_one), rng.permutation(held_one)[:count]
+    chosen = rng.permutation(len(synthetic))[:max_synthetic]
+    return _Drawn(
+        queries=synthetic[chosen].astype(np.float32),
+        references=np.concatenate([training[train_one[:count]], held_out[held_one]]).astype(np.float32),
+        count=count,
+        spare=train_one[count : 2 * count],
     )
 
 

@@ -57,12 +57,17 @@ def banded(grey: np.ndarray, factor: float, side: int) -> np.ndarray:
     return ndimage.gaussian_filter(normalised(grey, longer, side / 22), _SMOOTHING, mode="nearest")
 
 
+def region_box(frame: Frame, region: Region) -> tuple[float, float, float, float]:
+    """Top, left, bottom, right of a region as fractions of the frame."""
+    if region == "frame":
+        return 0.14, 0.14, 0.86, 0.86
+    assert frame.lesion is not None
+    return frame.lesion
+
+
 def crop_template(pixels: np.ndarray, frame: Frame, region: Region, mirrored: bool) -> np.ndarray:
     """The region of a frame in its scaled `pixels`, of zero mean and unit norm."""
-    top, left, bottom, right = (0.14, 0.14, 0.86, 0.86)
-    if region == "lesion":
-        assert frame.lesion is not None
-        top, left, bottom, right = frame.lesion
+    top, left, bottom, right = region_box(frame, region)
     height, width = pixels.shape
     crop = pixels[round(top * height) : round(bottom * height), round(left * width) : round(right * width)]
     crop = crop[:, ::-1] if mirrored else crop
@@ -81,17 +86,31 @@ def correlations(template: np.ndarray, targets: Sequence[Target]) -> list[float]
     spectrum = np.conj(fft.rfft2(template, (size, size)))
     raw = fft.irfft2(np.stack([targets[k].spectrum for k in usable]) * spectrum, (size, size))
     for k, values in zip(usable, raw):
-        target = targets[k]
-        rows, columns = target.shape[0] - height + 1, target.shape[1] - width + 1
-        total, square = (
-            s[height : height + rows, width : width + columns] - s[:rows, width : width + columns]
-            - s[height : height + rows, :columns] + s[:rows, :columns]
-            for s in (target.sums, target.squares)
-        )  # fmt: skip
-        # Windows with almost no structure are not amplified.
-        energy = np.maximum(square - total**2 / (height * width), 0.02 * height * width)
-        scores[k] = float((values[:rows, :columns] / np.sqrt(energy)).max())
+        scores[k] = float(_normalised_by_energy(values, targets[k], height, width).max())
     return scores
+
+
+def correlation_map(template: np.ndarray, target: Target) -> np.ndarray:
+    """Normalised cross-correlation at every place where the template (h, w) lies inside a target (H, W):
+    (H − h + 1, W − w + 1)."""
+    size = len(target.sums) - 1
+    spectrum = np.conj(fft.rfft2(template, (size, size)))
+    return _normalised_by_energy(
+        fft.irfft2(target.spectrum * spectrum, (size, size)), target, *template.shape
+    )
+
+
+def _normalised_by_energy(values: np.ndarray, target: Target, height: int, width: int) -> np.ndarray:
+    """Products of a template of that size with every window of the target, over the window's norm."""
+    rows, columns = target.shape[0] - height + 1, target.shape[1] - width + 1
+    total, square = (
+        s[height : height + rows, width : width + columns] - s[:rows, width : width + columns]
+        - s[height : height + rows, :columns] + s[:rows, :columns]
+        for s in (target.sums, target.squares)
+    )  # fmt: skip
+    # Windows with almost no structure are not amplified.
+    energy = np.maximum(square - total**2 / (height * width), 0.02 * height * width)
+    return values[:rows, :columns] / np.sqrt(energy)
 
 
 def thumbnail_of(grey: np.ndarray) -> np.ndarray:

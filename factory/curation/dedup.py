@@ -2,7 +2,7 @@
 
 Exact inner products by FAISS in blocks of queries; images above a similarity threshold are linked, connected
 components are one picture each, and of each the best member is kept. Memory is bounded whatever the number of
-links: links found in a block are reduced to a spanning forest before the next block is searched.
+links. The cost is the square of the number of rows: `factory.curation.cells` is for many.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+
+from factory.curation.components import Links, best_members
 
 MAX_LINKS = 1 << 24
 """Links held at a time: 200 MB of FAISS results in the worst case."""
 MAX_NEIGHBOURS_GPU = 2048
 """Neighbours that FAISS returns per query on a GPU, where it has no range search."""
 QUERIES_PER_BLOCK = 4096
+_ROWS_CHECKED = 1 << 16
+_UNSURE = 1e-5
+"""Similarities this near to a limit are computed again in double precision."""
 
 
 def check_unit(embeddings: np.ndarray, name: str = "embeddings") -> np.ndarray:
@@ -28,10 +32,11 @@ def check_unit(embeddings: np.ndarray, name: str = "embeddings") -> np.ndarray:
     vectors = np.ascontiguousarray(embeddings, np.float32)
     if vectors.ndim != 2:
         raise ValueError(f"{name}: want (N, D), got shape {vectors.shape}")
-    norms = np.linalg.norm(vectors, axis=1)
-    bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
-    if bad.size:
-        raise ValueError(f"{name}: row {bad[0]} has norm {norms[bad[0]]:.4g}, want unit norm")
+    for start in range(0, len(vectors), _ROWS_CHECKED):
+        norms = np.linalg.norm(vectors[start : start + _ROWS_CHECKED], axis=1)
+        bad = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
+        if bad.size:
+            raise ValueError(f"{name}: row {start + bad[0]} has norm {norms[bad[0]]:.4g}, want unit norm")
     return vectors
 
 
@@ -173,8 +178,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Link images with cosine ≥ `threshold`; of each connected component keep the member of lowest rank.
 
-    The order of the rows changes nothing but positions: pass rows in an order of their own (by id) where
-    similarities that equal the threshold to the last bit must not depend on it either.
+    The order of the rows changes nothing but positions.
 
     Args:
         embeddings: (N, D) unit norm.
@@ -191,59 +195,105 @@ def find_duplicates(
         raise ValueError(f"duplicate similarity: {threshold} is outside -1 … 1")
     if len(np.unique(rank)) != count:
         raise ValueError(f"rank: want {count} distinct numbers, one per row")
-    if count == 0:
-        return Duplicates(kept=np.empty(0, np.int64), num_links=0, threshold=threshold)
-    component = np.arange(count)
-    num_links = 0
+    links = Links(np.ones(count, bool), max_links=0)
     for first, second in linked_pairs(vectors, threshold, num_threads):
-        num_links += len(first)
-        component = _merge(component, first, second)
-    order = np.argsort(rank, kind="stable")
-    best = np.full(component.max() + 1, -1, np.int64)
-    best[component[order][::-1]] = order[::-1]  # the last write, of the lowest rank, stays
-    return Duplicates(kept=best[component], num_links=num_links, threshold=threshold)
-
-
-def _merge(component: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Component numbers after linking positions `first` with `second`."""
-    one, other = component[first], component[second]
-    apart = one != other
-    if not apart.any():
-        return component
-    size = int(component.max()) + 1
-    links = sparse.coo_array(
-        (np.ones(int(apart.sum()), np.int8), (one[apart], other[apart])), shape=(size, size)
-    )
-    _, merged = sparse.csgraph.connected_components(links, directed=False)
-    return merged[component]
+        links.add(first, second)
+    kept = best_members(links.components(), rank)
+    return Duplicates(kept=kept, num_links=links.num_links, threshold=threshold)
 
 
 def linked_pairs(
-    vectors: np.ndarray, threshold: float, num_threads: int | None = None
+    vectors: np.ndarray,
+    threshold: float | np.ndarray,
+    num_threads: int | None = None,
+    *,
+    fresh: np.ndarray | None = None,
+    shard_rows: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions (first, second), first < second, of pairs with inner product ≥ `threshold`, in blocks."""
-    index, on_gpu = flat_index(vectors, num_threads)
-    radius = float(np.nextafter(np.float32(threshold), np.float32(-2)))  # FAISS compares with >
-    block = max(1, min(QUERIES_PER_BLOCK, MAX_LINKS // len(vectors)))
-    for start in range(0, len(vectors), block):
-        queries = vectors[start : start + block]
-        if on_gpu:
-            rows, others = pairs_by_search(index, queries, vectors, radius, MAX_NEIGHBOURS_GPU)
-        else:
-            rows, others = _pairs_in_range(index, queries, radius)
-        first = rows + start
-        later = others > first
-        yield first[later], others[later]
+    """Positions (first, second), first < second, of linked pairs in blocks: exact, by FAISS.
+
+    Args:
+        vectors: float32 (N, D), unit norm; may be a memory map.
+        threshold: cosine; or (N,), the limit of each row: a pair must reach that of both.
+        num_threads: cap on FAISS's threads.
+        fresh: bool (N,): only pairs with at least one of these rows are wanted; all by default.
+        shard_rows: rows indexed at a time, so that memory is bounded; all by default.
+    """
+    count = len(vectors)
+    limits = np.broadcast_to(np.asarray(threshold, np.float32), (count,))
+    if not count:
+        return
+    new = np.arange(count) if fresh is None else np.flatnonzero(fresh)
+    is_new = np.ones(count, bool) if fresh is None else fresh
+    # Candidates reach a little below the limit; `confirm` decides.
+    radius = float(limits.min()) - _UNSURE
+    shard_rows = shard_rows or count
+    for shard in range(0, count, shard_rows):
+        references = np.ascontiguousarray(vectors[shard : shard + shard_rows], np.float32)
+        index, on_gpu = flat_index(references, num_threads)
+        block = max(1, min(QUERIES_PER_BLOCK, MAX_LINKS // len(references)))
+        for start in range(0, len(new), block):
+            chosen = new[start : start + block]
+            queries = np.ascontiguousarray(vectors[chosen], np.float32)
+            if on_gpu:
+                rows, others, similarity = pairs_by_search(
+                    index, queries, references, radius, MAX_NEIGHBOURS_GPU
+                )
+            else:
+                rows, others, similarity = _pairs_in_range(index, queries, radius)
+            first, second = chosen[rows], others + shard
+            # A pair of two new rows is found twice, one of a new and an old row once.
+            once = (first < second) | ~is_new[second]
+            first, second = first[once], second[once]
+            there = confirm(
+                similarity[once], limits[first], limits[second], queries, rows[once], references, others[once]
+            )
+            first, second = first[there], second[there]
+            yield np.minimum(first, second), np.maximum(first, second)
 
 
-def _pairs_in_range(index: Any, queries: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    limits, _, others = index.range_search(queries, radius)
-    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), others
+def confirm(
+    similarity: np.ndarray,
+    limits: np.ndarray,
+    other_limits: np.ndarray,
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    others: np.ndarray,
+    places: np.ndarray,
+) -> np.ndarray:
+    """Which candidate pairs are linked: bool (n,), the same whichever way they were found.
+
+    Products of matrices differ in the last bits with their shapes. So where a similarity lies that near to its limit,
+    it is computed again in double precision, from the two rows alone.
+
+    Args:
+        similarity: float32 (n,), of each pair, from a product of matrices.
+        limits, other_limits: (n,) limits of the two rows: the greater one counts.
+        vectors, rows: first rows of the pairs are `vectors[rows]`.
+        others, places: second rows are `others[places]`.
+    """
+    limit = np.maximum(limits, other_limits)
+    linked = similarity >= limit + np.float32(_UNSURE)
+    unsure = np.flatnonzero((similarity >= limit - np.float32(_UNSURE)) & ~linked)
+    for start in range(0, len(unsure), 1 << 16):
+        part = unsure[start : start + (1 << 16)]
+        one, other = vectors[rows[part]].astype(np.float64), others[places[part]].astype(np.float64)
+        # Divided by the norms, which are 1 but for rounding, so that equal rows reach a limit of 1.
+        norms = np.sqrt(np.einsum("ij,ij->i", one, one) * np.einsum("ij,ij->i", other, other))
+        linked[part] = (np.einsum("ij,ij->i", one, other) / norms).astype(np.float32) >= limit[part]
+    return linked
+
+
+def _pairs_in_range(
+    index: Any, queries: np.ndarray, radius: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    limits, similarity, others = index.range_search(queries, radius)
+    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), others, similarity
 
 
 def pairs_by_search(
     index: Any, queries: np.ndarray, vectors: np.ndarray, radius: float, most: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same pairs by nearest-neighbour search, for indexes without range search.
 
     The number of neighbours is doubled for the queries whose last one is still in range; queries with more
@@ -255,8 +305,12 @@ def pairs_by_search(
         vectors: (N, D).
         radius: pairs with an inner product above it are wanted.
         most: greatest number of neighbours that the index returns.
+
+    Returns:
+        Row of the query, position of its neighbour, similarity, (m,) each.
     """
     rows, others = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    similarity = [np.empty(0, np.float32)]
     left = np.arange(len(queries))
     depth = min(32, most, len(vectors))
     while left.size:
@@ -265,15 +319,44 @@ def pairs_by_search(
         hit, column = np.nonzero((found > radius) & complete[:, None])
         rows.append(left[hit])
         others.append(where[hit, column].astype(np.int64))
+        similarity.append(found[hit, column])
         left = left[~complete]
         if depth == most and left.size:
             import faiss
 
             exact = faiss.IndexFlatIP(vectors.shape[1])
             exact.add(vectors)
-            more, their = _pairs_in_range(exact, queries[left], radius)
+            more, their, values = _pairs_in_range(exact, queries[left], radius)
             rows.append(left[more])
             others.append(their)
+            similarity.append(values)
             break
         depth = min(depth * 2, most, len(vectors))
-    return np.concatenate(rows), np.concatenate(others)
+    return np.concatenate(rows), np.concatenate(others), np.concatenate(similarity)
+
+
+def count_linked(
+    rows: np.ndarray, vectors: np.ndarray, limits: np.ndarray, block_rows: int = 1 << 15
+) -> np.ndarray:
+    """Number of rows that each of `rows` is linked to, int64 (n,), by comparing it with all: exact.
+
+    Args:
+        rows: row numbers (n,).
+        vectors: float32 (N, D), unit norm; read in blocks, so it may be a memory map.
+        limits: float32 (N,), of each row.
+        block_rows: rows compared at a time.
+    """
+    queries = np.ascontiguousarray(vectors[rows], np.float32)
+    counts = np.zeros(len(rows), np.int64)
+    lowest = limits[rows][:, None] - np.float32(_UNSURE)
+    for start in range(0, len(vectors), block_rows):
+        block = np.asarray(vectors[start : start + block_rows], np.float32)
+        similarity = queries @ block.T
+        one, other = np.nonzero(similarity >= lowest)
+        apart = rows[one] != other + start
+        one, other = one[apart], other[apart]
+        linked = confirm(
+            similarity[one, other], limits[rows[one]], limits[other + start], queries, one, block, other
+        )
+        counts += np.bincount(one[linked], minlength=len(rows))
+    return counts

@@ -26,6 +26,7 @@ class FilterBatch:
         embeddings: float32 (N, D), unit norm.
         crop_embeddings: float32 (N, D), unit norm, of the lesion crops (`lesion_crops.embed_crops`), NaN where a row
             has no lesion; None where no filter `needs_crops`.
+        segmented_masks: what a segmenter finds, uint8 (F, F) each at the segmenter's frame; None where no filter has one.
     """
 
     images: Sequence[np.ndarray]
@@ -34,9 +35,18 @@ class FilterBatch:
     labels: np.ndarray
     embeddings: np.ndarray
     crop_embeddings: np.ndarray | None = None
+    segmented_masks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        names = ("images", "requested_masks", "masks", "labels", "embeddings", "crop_embeddings")
+        names = (
+            "images",
+            "requested_masks",
+            "masks",
+            "labels",
+            "embeddings",
+            "crop_embeddings",
+            "segmented_masks",
+        )
         lengths = {name: len(getattr(self, name)) for name in names if getattr(self, name) is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"FilterBatch: fields differ in length: {lengths}")

@@ -91,7 +91,7 @@ def test_search_without_range_search_gives_the_same_pairs(most: int) -> None:
     """The way taken on a GPU, on a CPU index; `most` below the number of neighbours forces the exact search."""
     vectors = clustered(300, 6, 0.15, seed=5)
     index, _ = flat_index(vectors)
-    rows, others = pairs_by_search(index, vectors, vectors, 0.9, most)
+    rows, others, _ = pairs_by_search(index, vectors, vectors, 0.9, most)
     wanted = np.argwhere(vectors @ vectors.T > 0.9)
     assert sorted(zip(rows.tolist(), others.tolist())) == sorted(map(tuple, wanted.tolist()))
 

@@ -1,8 +1,10 @@
 """`factory curate` on real tables: copies and duplicates are marked, nothing is dropped or rewritten."""
 
+import base64
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 from factory.curation.planted import Power, planted_copy
 from factory.datasets.phantom import PhantomConfig, phantom_sample
 from factory.embedding import EmbedderSpec
-from factory.imaging import encode_png
+from factory.imaging import decode_png, encode_png
 from factory.storage import Table, open_table, write_table
 from jobs import cli
 from jobs.curate import Args, CurationResult, print_result, run
@@ -37,6 +39,7 @@ class Row:
     stream: str | None = None
     position: float | None = 0.5
     derived_from: str | None = None
+    scores: Mapping[str, float] | None = None
 
 
 def blocks(image: np.ndarray) -> tuple[float, ...]:
@@ -80,7 +83,12 @@ def write_real(uri: Path, rows: Sequence[Row], num_train: int, spec: EmbedderSpe
     return str(uri)
 
 
-def write_synthetic(uri: Path, rows: Sequence[Row], order: Sequence[int] | None = None) -> str:
+def write_synthetic(
+    uri: Path,
+    rows: Sequence[Row],
+    order: Sequence[int] | None = None,
+    more_metadata: Mapping[str, str] | None = None,
+) -> str:
     samples = []
     for index in order if order is not None else range(len(rows)):
         row, request = rows[index], PLAN.request_at(index)
@@ -107,7 +115,7 @@ def write_synthetic(uri: Path, rows: Sequence[Row], order: Sequence[int] | None 
                 guidance_scale=1.0,
                 batch_size=4,
                 embedding=blocks(row.image),
-                scores={} if row.position is None else {"similarity_position": row.position},
+                scores=row.scores or ({} if row.position is None else {"similarity_position": row.position}),
                 stream_reject_reason=row.stream,
                 derived=row.derived_from is not None,
                 group_id=row.derived_from,
@@ -115,7 +123,7 @@ def write_synthetic(uri: Path, rows: Sequence[Row], order: Sequence[int] | None 
             )
         )
     schema = synthetic_schema(DIM)
-    write_table(str(uri), table_of(samples, schema), schema, metadata=metadata())
+    write_table(str(uri), table_of(samples, schema), schema, metadata=metadata() | dict(more_metadata or {}))
     return str(uri)
 
 
@@ -162,7 +170,16 @@ def curated(real: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, C
     before = size_of(uri)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        result = run(Args(table=uri, real=real, duplicate_similarity=0.99, planted=0, num_threads=2))
+        result = run(
+            Args(
+                table=uri,
+                real=real,
+                duplicate_similarity=0.99,
+                planted=0,
+                num_threads=2,
+                report=str(folder / "report"),
+            )
+        )
     return uri, result, before
 
 
@@ -260,6 +277,7 @@ def test_an_empty_table_is_curated(real: str, tmp_path: Path, capsys: pytest.Cap
 def test_the_background_of_a_derived_row_is_no_copy(real: str, tmp_path: Path) -> None:
     """A real image with another lesion painted in, declared as derived from its group."""
     image, mask = REAL[5].image.copy(), REAL[5].mask
+    assert mask is not None
     rows, columns = np.nonzero(mask)
     box = (
         slice(max(rows.min() - 5, 0), rows.max() + 5),
@@ -383,3 +401,96 @@ def test_rows_on_a_patients_background_are_not_tested_for_closeness(real: str, t
     result = run(Args(table=uri, real=real, copy_test=False))
     assert result.closeness.outcome is None and "derived from training images" in result.closeness.note
     assert "derived" in json.loads(open_table(uri).metadata["memorisation.curated-1"])["not_done"]
+
+
+def section(page: str, title: str) -> str:
+    return page.split(f"<h2>{title}</h2>")[1].split("</section>")[0]
+
+
+def test_the_report_shows_the_copies_beside_what_they_were_copied_from(
+    curated: tuple[str, CurationResult, int],
+) -> None:
+    _, result, _ = curated
+    assert result.report is not None
+    page = Path(result.report).read_text()
+    assert "<title>Memorisation: 3 near-copies of training images found</title>" in page
+    assert 'src="http' not in page and "<script" not in page
+    worst = section(page, "Worst pairs")
+    assert worst.count("<figure>") == 11 and len(re.findall(r"<figcaption>[^<]*, COPY", worst)) == 3
+    pixels = [decode_png(base64.b64decode(text)) for text in re.findall(r"base64,([^\"]+)", worst)]
+    # Three crops and two gaps; a copy differs less from what it was registered to than fresh images from the nearest.
+    assert all(image.shape == (160, 488) for image in pixels)
+    difference = [float(image[:, 328:].mean()) for image in pixels]
+    assert max(difference[:3]) < 0.7 * min(difference[3:])
+    assert "27.27%" in section(page, "Summary") and "near_copy_of_real" in section(page, "Verdicts per class")
+    assert "<svg" in section(page, "Distance to training and to held-out images")
+    assert "to held-out images" in section(page, "Distance to training and to held-out images")
+
+
+def test_a_report_without_findings_says_not_detected_and_never_passed(real: str, tmp_path: Path) -> None:
+    rows = [Row(row.image, row.mask) for row in phantoms(29, 12)]
+    uri = write_synthetic(tmp_path / "clean.lance", rows)
+    result = run(Args(table=uri, real=real, planted=0, duplicate_similarity=1.0, report=str(tmp_path / "r")))
+    page = Path(str(result.report)).read_text()
+    assert "<title>Memorisation: not detected</title>" in page and "passed" not in page
+    blind = run(Args(table=uri, real=write_real(tmp_path / "few.lance", REAL[:4], 4), copy_test=False,
+                     duplicate_similarity=1.0, report=str(tmp_path / "b")))  # fmt: skip
+    assert "<title>Memorisation: not tested</title>" in Path(str(blind.report)).read_text()
+
+
+def test_verdicts_of_the_stream_are_judged_again_from_stored_scores(
+    real: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from factory.curation.filters import FilterBatch, first_reasons
+    from factory.imaging import decode_rows
+    from factory.storage import real_digest, real_rows
+    from jobs.recipe_args import parse_recipe
+    from jobs.synthesis_plan import fit_filters
+
+    stored = real_rows(real)
+    recipe = parse_recipe("tiny")
+    vectors = np.stack(stored["embedding"].to_numpy(zero_copy_only=False)).astype(np.float32)
+    filters = fit_filters(recipe, decode_rows(stored, recipe.generator.resolution), vectors, SPEC)
+    images = [row.image for row in FRESH[:6]] + [FRESH[0].image // 12 + 90]
+    masks = [row.mask for row in FRESH[:6]] + [FRESH[0].mask]
+    labels = np.array([PLAN.request_at(k).label_index for k in range(7)])
+    embeddings = np.array([blocks(image) for image in images], np.float32)
+    batch = FilterBatch(
+        images=images, requested_masks=masks, masks=masks, labels=labels, embeddings=embeddings
+    )
+    scores: dict[str, np.ndarray] = {}
+    for item in filters:
+        scores |= item.score(batch)
+    stream = first_reasons(filters, scores)
+    rows = [
+        Row(image, mask, stream=None if reason is None else str(reason), scores={n: float(v[k]) for n, v in scores.items()})
+        for k, (image, mask, reason) in enumerate(zip(images, masks, stream))
+    ]  # fmt: skip
+    assert stream[6] == "blank_image" and None in stream
+    plan = {"recipe": "tiny", "overrides": [], "real_digest": real_digest(open_table(real))}
+    uri = str(tmp_path / "synthetic.lance")
+    write_synthetic(Path(uri), rows, more_metadata={f"plan.{PLAN.plan_id}": json.dumps(plan)})
+    arguments = [
+        "curate",
+        uri,
+        "--real",
+        real,
+        "--no-copy-test",
+        "--duplicate-similarity",
+        "1.0",
+        "--rejudge",
+    ]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "judged again from stored scores: 0 rows" in out and "judged otherwise" not in out
+    assert cli.main([*arguments, "--threshold", "BlankImage.margin=50"]) == 0
+    table = open_table(uri)
+    stored_reasons = table.read(["request_index", "stream_reject_reason", "reject_reason"]).to_pylist()
+    by_index = {row["request_index"]: row for row in stored_reasons}
+    assert by_index[6]["stream_reject_reason"] == "blank_image", "the stream's column never changes"
+    assert by_index[6]["reject_reason"] is None
+    record = json.loads(table.metadata["curation.curated-2"])["rejudged"]
+    assert record["changed"] == 1 and record["thresholds"] == ["BlankImage.margin=50"]
+    other = write_real(tmp_path / "other.lance", REAL[1:], TRAIN - 1)
+    with pytest.raises(ValueError, match="made with other real rows"):
+        run(Args(table=uri, real=other, copy_test=False, duplicate_similarity=1.0, rejudge=True))
