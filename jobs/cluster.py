@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,30 @@ waits for GPUs to be granted or that computes one large batch."""
 
 @dataclass(frozen=True, kw_only=True)
 class RayHandle:
-    """A started or joined Ray: its CPUs and GPUs, and how long the start took."""
+    """A started or joined Ray.
+
+    Attributes:
+        num_cpus, num_gpus: what there is now.
+        max_cpus, max_gpus: what an autoscaling cluster may grow to; elsewhere what there is.
+        seconds: how long the start took.
+        joined: it ran before, in this process or elsewhere.
+        node_cpus: of each node, where the cluster does not grow.
+        is_cluster: it was named by an address, so further nodes may join it.
+    """
 
     num_cpus: float
     num_gpus: float
+    max_cpus: float
+    max_gpus: float
     seconds: float
     joined: bool
+    is_cluster: bool
+    node_cpus: tuple[float, ...] = ()
+
+    @property
+    def grows(self) -> bool:
+        """Whether an autoscaler may still add to it."""
+        return self.max_cpus > self.num_cpus or self.max_gpus > self.num_gpus
 
 
 def is_ray_running() -> bool:
@@ -73,13 +91,33 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
                 dashboard_host="127.0.0.1",
                 **options,
             )
-    resources = ray.cluster_resources()
+    resources, growth = ray.cluster_resources(), _autoscaler_limits()
+    num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     return RayHandle(
-        num_cpus=resources.get("CPU", 0.0),
-        num_gpus=resources.get("GPU", 0.0),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_cpus=max(num_cpus, growth.get("CPU", 0.0)),
+        max_gpus=max(num_gpus, growth.get("GPU", 0.0)),
         seconds=time.perf_counter() - start,
         joined=joined,
+        is_cluster=bool(address),
+        node_cpus=() if growth else tuple(_node_cpus()),
     )
+
+
+def _node_cpus() -> Iterator[float]:
+    import ray
+
+    for node in ray.nodes():
+        if node["Alive"] and (cpus := node["Resources"].get("CPU", 0.0)):
+            yield cpus
+
+
+def _autoscaler_limits() -> Mapping[str, float]:
+    """Resources of the cluster at its largest, as its autoscaler was told; empty where none runs."""
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}
 
 
 @contextlib.contextmanager

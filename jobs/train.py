@@ -58,6 +58,8 @@ class Args:
     """Optimizer updates of that part in all, instead of the recipe's."""
     num_workers: int | None = None
     """Ray workers that share each batch; 0 is this process. By default one per GPU where there are several, else 0."""
+    min_workers: int | None = None
+    """Elastic: go on with as few as this while nodes are away, and take them in again; needs --num-workers."""
     use_gpu: bool | None = None
     """Train on GPUs; by default where there is one."""
     adapt_from: str | None = None
@@ -231,6 +233,16 @@ def run(args: Args) -> TrainingSummary:
     task, recipe = make_task(args)
     num_workers, use_gpu = choose_workers(args)
     check_run(task, num_workers)
+    workers = Workers(
+        number=num_workers,
+        least=args.min_workers,
+        use_gpu=use_gpu,
+        cpus_per_worker=args.cpus_per_worker,
+        max_failures=args.max_failures,
+        address=args.address,
+        num_cpus=args.num_cpus,
+    )
+    workers.check(task.settings)
     if args.overwrite:
         clear_any_run(task.out)
     identity = identity_of_run(task)
@@ -251,7 +263,7 @@ def run(args: Args) -> TrainingSummary:
             metrics=latest_metrics(task.out),
             model=None,
         )
-    return _train(args, task, recipe, identity, num_workers, use_gpu, start)
+    return _train(args, task, recipe, identity, workers, start)
 
 
 def _train(
@@ -259,19 +271,19 @@ def _train(
     task: TrainingTask | PartTask,
     recipe: Recipe,
     identity: Mapping[str, Any],
-    num_workers: int,
-    use_gpu: bool,
+    workers: Workers,
     start: float,
 ) -> TrainingSummary:
     from factory.tracking import track
     from factory.training.checkpoints import checkpoint_steps
 
     start_step = max(checkpoint_steps(task.out), default=0)
-    where = f"{num_workers} Ray workers" if num_workers else "this process"
+    bounds = f"{workers.number}" if workers.least is None else f"{workers.least} … {workers.number}"
+    where = f"{bounds} Ray workers" if workers.number else "this process"
     going_on = f", going on from step {start_step}" if start_step else ""
     part = "" if args.part == "generator" else f" {args.part}"
     print(
-        f"train {task.recipe}{part}: {task.settings.max_steps} steps in {where} on {'GPU' if use_gpu else 'CPU'}{going_on}"
+        f"train {task.recipe}{part}: {task.settings.max_steps} steps in {where} on {'GPU' if workers.use_gpu else 'CPU'}{going_on}"
     )
     if task.settings.warmup_steps >= task.settings.max_steps:
         print(
@@ -281,27 +293,19 @@ def _train(
         track(
             "train",
             recipe_parameters=dataclasses.asdict(recipe),
-            execution_parameters={**dataclasses.asdict(args), "workers": num_workers, "gpu": use_gpu},
+            execution_parameters={
+                **dataclasses.asdict(args),
+                "workers": workers.number,
+                "gpu": workers.use_gpu,
+            },
             inputs={"real": {"uri": task.real, "version": task.real_version, "digest": identity["real"]}},
         ) as tracked,
         Watcher(task, tracked) as watcher,
     ):
-        if num_workers == 0:
-            fit_here(task, identity, use_gpu, watcher)
+        if workers.number == 0:
+            fit_here(task, identity, workers.use_gpu, watcher)
         else:
-            fit_in_workers(
-                task,
-                identity,
-                Workers(
-                    number=num_workers,
-                    use_gpu=use_gpu,
-                    cpus_per_worker=args.cpus_per_worker,
-                    max_failures=args.max_failures,
-                    address=args.address,
-                    num_cpus=args.num_cpus,
-                ),
-                watcher,
-            )
+            fit_in_workers(task, identity, workers, watcher)
         metrics = latest_metrics(task.out)
         model = tracked.register_generator(
             task.out,
@@ -355,13 +359,22 @@ def _following(args: Args) -> str:
     )
 
 
-def command(argv: Sequence[str]) -> int:
-    """`factory train`. `--use-gpu` and `--no-use-gpu` may stand alone."""
+def parse(argv: Sequence[str]) -> Args:
+    """Arguments of the command line. `--use-gpu` and `--no-use-gpu` may stand alone.
+
+    Raises:
+        ValueError, SystemExit: unknown options, values of the wrong type.
+    """
     flags = {"--use-gpu": ["--use-gpu", "True"], "--no-use-gpu": ["--use-gpu", "False"]}
     words = list(argv)
     for place in reversed([i for i, word in enumerate(words) if word in flags]):
         if words[place + 1 : place + 2] not in (["True"], ["False"], ["None"]):
             words[place : place + 1] = flags[words[place]]
-    args = parse_args(Args, words, "factory train", __doc__ or "")
+    return parse_args(Args, words, "factory train", __doc__ or "")
+
+
+def command(argv: Sequence[str]) -> int:
+    """`factory train`."""
+    args = parse(argv)
     print_summary(args, run(args))
     return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from factory.training.parts import PartTask, train_run
+from factory.training.settings import TrainingSettings
 from factory.training.task import TrainingTask
 from jobs.train_progress import Watcher, follow
 
@@ -15,7 +16,9 @@ class Workers:
     """Ray workers that train together.
 
     Attributes:
-        number: how many.
+        number: how many; with `least` at most so many.
+        least: training goes on with so many while others are away, and takes them in again when they are back;
+            None: always `number`.
         use_gpu: one GPU for each.
         cpus_per_worker: of each; None is an equal share of all, beside a GPU 1.
         max_failures: times that they may die before the job fails.
@@ -24,11 +27,36 @@ class Workers:
     """
 
     number: int
+    least: int | None = None
     use_gpu: bool
     cpus_per_worker: int | None
     max_failures: int
     address: str | None
     num_cpus: int | None
+
+    @property
+    def needed(self) -> int:
+        """Workers without which training does not begin."""
+        return self.number if self.least is None else self.least
+
+    def check(self, settings: TrainingSettings) -> None:
+        """Each number of workers between the bounds must share the batch equally.
+
+        Raises:
+            ValueError: one of them does not, or the bounds are the wrong way round.
+        """
+        if self.least is None:
+            return
+        if not 1 <= self.least <= self.number:
+            raise ValueError(
+                f"--min-workers {self.least}: want 1 … --num-workers ({self.number}); leave it out for a fixed number"
+            )
+        for number in range(self.least, self.number + 1):
+            settings.check_world_size(number)
+
+
+RESIZE_SECONDS = 60.0
+"""How often a healthy elastic group looks whether more workers could join."""
 
 
 def fit_here(
@@ -91,14 +119,14 @@ def fit_in_workers(
     num_workers, use_gpu = workers.number, workers.use_gpu
     with start_ray(workers.address, workers.num_cpus) as handle:
         cpus = workers.cpus_per_worker or (1 if use_gpu else max(1, int(handle.num_cpus) // num_workers))
-        if not workers.address and num_workers * cpus > handle.num_cpus:
+        if not handle.is_cluster and workers.needed * cpus > handle.num_cpus:
             raise ValueError(
-                f"--num-workers {num_workers} × {cpus} CPUs: Ray has {handle.num_cpus:.0f}; they would wait forever. "
+                f"--num-workers {workers.needed} × {cpus} CPUs: Ray has {handle.num_cpus:.0f}; they would wait forever. "
                 "Ask for fewer workers, or raise --num-cpus"
             )
-        if use_gpu and not workers.address and num_workers > handle.num_gpus:
+        if use_gpu and not handle.is_cluster and workers.needed > handle.num_gpus:
             raise ValueError(
-                f"--num-workers {num_workers}: Ray has {handle.num_gpus:.0f} GPUs, each worker needs one"
+                f"--num-workers {workers.needed}: Ray has {handle.num_gpus:.0f} GPUs, each worker needs one"
             )
         if isinstance(task, TrainingTask):
             filled = fill_latents_by_ray(task, num_workers=num_workers, use_gpu=use_gpu, num_cpus=cpus)
@@ -109,7 +137,10 @@ def fit_in_workers(
             train_loop_per_worker,
             train_loop_config={"task": task, "identity": dict(identity), "use_gpu": use_gpu},
             scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources
+                num_workers=num_workers if workers.least is None else (workers.least, num_workers),
+                use_gpu=use_gpu,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=RunConfig(
                 name="train",

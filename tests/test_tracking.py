@@ -3,10 +3,16 @@
 import json
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,6 +20,9 @@ from PIL import Image
 
 from factory import tracking
 from factory.redaction import REDACTED, flatten, is_secret_name, redact
+from factory.tracking import outbox as outbox_module
+from factory.tracking import run as run_module
+from factory.tracking import store as store_module
 
 
 @pytest.fixture(scope="module")
@@ -206,24 +215,25 @@ def test_runs_that_a_killed_process_left_open_are_closed_by_the_next_one(store: 
         "with track('synthesize') as run:\n    print(run.run_id, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    environment["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(tracking.__file__).parents[2])
     killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     run_id = killed.stdout.strip()
     assert killed.returncode == -9
     assert killed.stderr == "", "opening the store must not chatter"
     assert client(store).get_run(run_id).info.status == "RUNNING"
-    tracking._clients.clear()
+    run_module._stores.clear()
     with tracking.track("synthesize"):
         pass
     assert client(store).get_run(run_id).info.status == "KILLED"
 
 
-def test_an_unreachable_store_keeps_metrics_until_it_is_back(
-    store: Path, caplog: pytest.LogCaptureFixture
+def test_a_database_that_is_away_keeps_metrics_until_it_is_back(
+    store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(store_module, "RETRY_SECONDS", 0.0)
     database = store / "runs/mlflow.db"
     with tracking.track("train") as run:
-        run._client.get_run(run.run_id)
+        client(store).get_run(run.run_id)
         moved = database.rename(store / "away.db")
         with caplog.at_level(logging.WARNING):
             run.metrics({"loss": 0.25} | {f"m{i}": 0.0 for i in range(300)}, step=1)
@@ -231,21 +241,146 @@ def test_an_unreachable_store_keeps_metrics_until_it_is_back(
         database.unlink(missing_ok=True)
         moved.rename(database)
     assert client(store).get_run(run.run_id).data.metrics["loss"] == 0.25
+    assert not list((store / "runs/mlflow-outbox").glob("*"))
+
+
+def test_a_wrong_address_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
+    with pytest.raises(ValueError, match="sqlite:///"), tracking.track("train"):
+        pytest.fail("the body must not run")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://no-such-host.invalid:5000")
+    with pytest.raises(ValueError, match="there is no host 'no-such-host.invalid'"):
+        tracking.check_store()
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # answers everything with 501
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(
+            BaseHTTPRequestHandler, "do_GET", lambda self: self.send_error(404), raising=False
+        )
+        monkeypatch.setattr(
+            BaseHTTPRequestHandler, "do_POST", lambda self: self.send_error(404), raising=False
+        )
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ValueError, match="no MLflow server"), tracking.track("train"):
+            pytest.fail("the body must not run")
+        server.shutdown()
 
 
 def test_the_environment_chooses_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="nothing answers at 127.0.0.1:9"), tracking.track("train"):
-        pytest.fail("the body must not run")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
-    with pytest.raises(ValueError, match="sqlite:///"):
+    with pytest.raises(tracking.StoreAway, match="nothing answers at 127.0.0.1:9"):
         tracking.check_store()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other/store.db")
     assert tracking.check_store() == f"sqlite:///{tmp_path}/other/store.db"
     assert (tmp_path / "other").is_dir()
 
 
+class MlflowServer:
+    """A real `mlflow server` on loopback that can be started late, killed, and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri, self._folder = f"http://127.0.0.1:{self.port}", folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self._folder}/server.db",
+            "--artifacts-destination", str(self._folder / "kept"), "--host", "127.0.0.1", "--port", str(self.port),
+            "--workers", "1",
+        ]  # fmt: skip
+        with (self._folder / "server.log").open("a") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()[-2000:]
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise TimeoutError("the MLflow server did not start")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(store_module, "RETRY_SECONDS", 0.0)
+    server = MlflowServer(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_started_late_and_dies_for_a_while_loses_nothing(
+    server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    (tmp_path / "generator").mkdir()
+    (tmp_path / "generator" / "weights.bin").write_text("w")
+    outbox = tmp_path / "runs/mlflow-outbox"
+    with tracking.track("demo") as parent, tracking.track("train", execution_parameters={"n": 2}) as run:
+        assert (parent.run_id, run.run_id) == ("pending", "pending")
+        assert "wait for the MLflow store" in caplog.text
+        run.inputs({"real": "real.lance@7"})
+        run.artifact("notes/summary.txt", "hello")
+        assert run.register_generator(tmp_path / "generator", "tiny") == ("tiny", "pending")
+        server.start()
+        run.set({"recipe": "tiny"})
+        assert len(run.run_id) == 32 and not list(outbox.glob("*")), "all was sent when the server came"
+        server.kill()
+        for step in range(400):
+            run.metrics({"loss": 1.0 / (step + 1)}, step=step)
+        assert len(list(outbox.glob("*.jsonl"))) == 1
+    assert len(list(outbox.glob("*.jsonl"))) == 2, "the ends of both runs wait, too"
+    server.start()
+    with tracking.track("query"):
+        pass
+    assert not list(outbox.glob("*")), "the next verb sends what is left"
+    client = MlflowClient(server.uri)
+    recorded = client.get_run(run.run_id)
+    assert recorded.info.status == client.get_run(parent.run_id).info.status == "FINISHED"
+    assert recorded.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert recorded.data.params["execution.n"] == "2" and recorded.data.tags["recipe"] == "tiny"
+    assert [m.step for m in client.get_metric_history(run.run_id, "loss")] == list(range(400))
+    assert recorded.inputs.dataset_inputs[0].dataset.name == "real"
+    assert client.get_model_version("tiny", "1").run_id == run.run_id
+    assert [f.path for f in client.list_artifacts(run.run_id, "notes")] == ["notes/summary.txt"]
+    runs = client.search_runs([recorded.info.experiment_id])
+    assert len(runs) == 3, "no run was made twice"
+
+
+def test_a_run_that_never_reaches_the_server_is_left_to_a_later_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    with pytest.raises(ValueError, match="no such label"), tracking.track("train") as run:
+        run.metrics({"loss": 0.5}, step=1)
+        raise ValueError("no such label")
+    (kept,) = (tmp_path / "runs/mlflow-outbox").glob("*.jsonl")
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert "hunter2" not in kept.read_text()
+    assert [line["op"] for line in lines[1:]] == ["create", "tags", "artifact", "metrics", "end"]
+    assert lines[-1]["status"] == "FAILED"
+    (found,) = list(outbox_module.leftovers("http://me:hunter2@127.0.0.1:9"))
+    assert len(found[0]) == len(lines) - 1 and found[1] is None
+    assert not list(outbox_module.leftovers("http://me:hunter2@127.0.0.1:9")), "one process at a time"
+    found[0].close()
+    assert not list(outbox_module.leftovers("http://elsewhere:5000")), "another store's"
+
+
 def test_importing_the_module_leaves_mlflow_out() -> None:
     script = "import sys, factory.tracking; sys.exit('mlflow' in sys.modules)"
-    root = str(Path(tracking.__file__).parents[1])
+    root = str(Path(tracking.__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": root}).returncode == 0

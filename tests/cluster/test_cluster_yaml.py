@@ -30,3 +30,21 @@ def test_head_type_exists_and_locks_are_files(config: dict) -> None:
         word for line in config["setup_commands"] for word in line.split() if word.startswith("requirements/")
     ]
     assert named and all((ROOT / name).is_file() for name in named)
+
+
+def test_nodes_know_storage_and_mlflow_and_share_the_token(config: dict) -> None:
+    from jobs.kuberay import variables
+
+    assert {"FACTORY_STORAGE", "MLFLOW_TRACKING_URI"} <= set(variables(config))
+    starts = [config[f"{role}_start_ray_commands"][-1] for role in ("head", "worker")]
+    assert all("RAY_AUTH_MODE=token" in start and "factory.env" in start for start in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+def test_the_head_computes_nothing_and_workers_are_spot(config: dict) -> None:
+    types = dict(config["available_node_types"])
+    assert types.pop(config["head_node_type"])["resources"]["CPU"] == 0
+    for node in types.values():
+        assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert node["resources"]["memory"] > 0
