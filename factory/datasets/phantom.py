@@ -44,6 +44,7 @@ __all__ = [
     "long_tail",
     "phantom_class",
     "phantom_sample",
+    "with_point_spread",
 ]
 
 _GOLDEN = 0.6180339887498949
@@ -69,6 +70,24 @@ def long_tail(names: tuple[str, ...], imbalance: float = 10.0) -> tuple[ClassPri
                 values[item.name] = (1 - t) * low + t * high
         priors.append(ClassPrior(**values))  # type: ignore[arg-type]
     return tuple(priors)
+
+
+def with_point_spread(scanner: Scanner, factor: float) -> Scanner:
+    """The scanner with a pulse `factor` times as long and a beam as much wider at the focus.
+
+    The wrong one for images of `scanner`: anatomy and masks stay, speckle and edges do not.
+
+    Raises:
+        ValueError: `factor` is not positive.
+    """
+    if not factor > 0:
+        raise ValueError(f"factor: want a positive number, got {factor}")
+    return dataclasses.replace(
+        scanner,
+        name=f"{scanner.name}, point spread x {factor:g}",
+        cycles=factor * scanner.cycles,
+        f_number=factor * scanner.f_number,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
