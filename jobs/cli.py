@@ -67,8 +67,16 @@ VERBS = {
         module="jobs.release",
         about="tag, card, checksums and record of a curated table, or why it may not leave",
     ),
+    "explore": Verb(
+        module="tune.explore",
+        about="which ratio of synthetic data, or which class-adaptive sampler, helps",
+        resumes=True,
+    ),
     "browse": Verb(module="jobs.browse", about="look through a table in a browser, on this machine only"),
     "maintain": Verb(module="jobs.maintain", about="compact a table, index it, remove old versions"),
+    "submit": Verb(module="jobs.submit", about="run a verb on a Ray cluster, from this machine"),
+    "jobs": Verb(module="jobs.submitted", about="list, follow and stop submitted jobs"),
+    "kuberay": Verb(module="jobs.kuberay", about="a verb as a KubeRay RayJob manifest"),
     "reproduce": Verb(module="jobs.reproduce", about="make one row again from its provenance and compare"),
     "doctor": Verb(module="jobs.doctor", about="check this machine and say what to fix"),
 }
@@ -148,6 +156,7 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
     # Ray's processes are forked to execute at once, which the warning is not about.
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     try:
+        argv = _without_storage_options(argv)
         status = int(importlib.import_module(verb.module).command(list(argv)) or 0)
         sys.stdout.flush()
         return status
@@ -169,6 +178,15 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
         print(f"error: {redact(describe(error))}", file=sys.stderr)
         return 2
+
+
+def _without_storage_options(argv: Sequence[str]) -> list[str]:
+    """Every verb takes `--storage-options KEY=VALUE`: they go to the environment, and no job sees or records them."""
+    if not any(item.split("=")[0] == "--storage-options" for item in argv):
+        return list(argv)
+    from factory.storage import take_storage_options
+
+    return take_storage_options(list(argv))
 
 
 def describe(error: Exception) -> str:

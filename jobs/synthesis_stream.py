@@ -6,9 +6,10 @@ Each block holds one batch, so a retried task repeats one batch. The writers lea
 records; the driver alone commits.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,10 @@ from factory.synthesis.stages import (
     SynthesisStage,
     SynthesizerSettings,
 )
+from jobs.observing import Stage
+
+if TYPE_CHECKING:
+    from factory.storage import IndexSet
 
 CPUS_PER_TASK = 0.1
 """Mask, prompt and writer tasks are short; the small share keeps them from waiting for the actors' CPUs."""
@@ -34,6 +39,8 @@ class StreamSettings:
     """Where the stream runs and how wide: execution only."""
 
     num_synthesizers: int = 1
+    min_synthesizers: int | None = None
+    """Actors to begin with where the cluster grows as they are asked for; all of them by default."""
     num_embedders: int = 1
     gpus_per_synthesizer: float = 0.0
     cpus_per_synthesizer: float = 0.9
@@ -53,16 +60,39 @@ class StreamSettings:
         """GPUs that the actor pools hold for the whole job."""
         return self.num_synthesizers * self.gpus_per_synthesizer + self.num_embedders * self.gpus_per_embedder
 
-    def check(self, cluster_cpus: float, cluster_gpus: float) -> None:
+    def _fits(self, node_cpus: Sequence[float]) -> bool:
+        """Whether actors and one task find room, the largest first, each on the node with the most left."""
+        left = list(node_cpus)
+        shares = [self.cpus_per_synthesizer] * self.num_synthesizers
+        shares += [self.cpus_per_embedder] * self.num_embedders + [CPUS_PER_TASK]
+        for share in sorted(shares, reverse=True):
+            place = max(range(len(left)), key=left.__getitem__)
+            left[place] -= share
+            if left[place] < -1e-9:
+                return False
+        return True
+
+    def check(self, cluster_cpus: float, cluster_gpus: float, node_cpus: Sequence[float] = ()) -> None:
         """Refuse what would wait for ever.
 
+        Args:
+            cluster_cpus, cluster_gpus: of the whole cluster, at its largest where it grows.
+            node_cpus: of each node, where all nodes are there already.
+
         Raises:
-            ValueError: the pools need all CPUs (so that no task could ever run) or more GPUs than there are.
+            ValueError: the pools need all CPUs (so that no task could ever run) or more GPUs than there are, or the
+                actors fit into the cluster's sum of CPUs and not into its nodes.
         """
         if self.cpus + CPUS_PER_TASK > cluster_cpus:
             raise ValueError(
                 f"num_synthesizers={self.num_synthesizers}: the actor pools hold {self.cpus:.1f} CPUs of "
                 f"{cluster_cpus:.0f}, and no task could run beside them; use fewer synthesizers or more CPUs"
+            )
+        if node_cpus and not self._fits(node_cpus):
+            raise ValueError(
+                f"num_synthesizers={self.num_synthesizers}: {self.cpus_per_synthesizer} CPUs for each synthesizer and "
+                f"{self.cpus_per_embedder} for each of {self.num_embedders} embedders do not fit into nodes of "
+                f"{', '.join(f'{cpus:g}' for cpus in sorted(node_cpus))} CPUs; use fewer synthesizers or larger nodes"
             )
         if self.gpus > cluster_gpus:
             raise ValueError(
@@ -74,10 +104,17 @@ class StreamSettings:
 class _SynthesisActor:
     """SynthesisStage with the intent log that traces a process death to one request."""
 
-    def __init__(self, settings: SynthesizerSettings, plan: Any, uri: str, max_tries: int) -> None:
+    def __init__(
+        self,
+        settings: SynthesizerSettings,
+        plan: Any,
+        uri: str,
+        max_tries: int,
+        storage_options: Mapping[str, str],
+    ) -> None:
         from factory.storage import IntentLog
 
-        intents = IntentLog(uri, plan.plan_id, max_tries=max_tries)
+        intents = IntentLog(uri, plan.plan_id, max_tries=max_tries, storage_options=storage_options)
         self.stage = SynthesisStage(settings, plan, intents)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -92,11 +129,34 @@ class _FinishActor:
         return self.stage(batch)
 
 
-def request_source(missing: np.ndarray, stage: Any) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class IndexShare:
+    """Increasing request indices of one read task, by their steps: a byte or two each, not eight.
+
+    Attributes:
+        first: the first index.
+        steps: differences of the others, of the smallest unsigned type that holds them.
+    """
+
+    first: int
+    steps: np.ndarray
+
+    @classmethod
+    def of(cls, indices: np.ndarray) -> "IndexShare":
+        """`indices` (N,) int64, increasing, at least one."""
+        steps = np.diff(indices)
+        return cls(first=int(indices[0]), steps=steps.astype(np.min_scalar_type(int(steps.max(initial=0)))))
+
+    def indices(self) -> np.ndarray:
+        """The indices again, (N,) int64."""
+        return self.first + np.concatenate([[0], np.cumsum(self.steps, dtype=np.int64)])
+
+
+def request_source(missing: "IndexSet", stage: Any) -> Any:
     """The Ray Data source of the stream: each read task draws masks and prompts for its share of `missing`.
 
     Args:
-        missing: request indices, int64.
+        missing: requests to make; never an array of all of them.
         stage: reference to the RequestStage in the object store.
     """
     import ray
@@ -109,16 +169,20 @@ def request_source(missing: np.ndarray, stage: Any) -> Any:
         def get_read_tasks(
             self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
         ) -> list[ray.data.ReadTask]:
-            return [_read_task(share) for share in np.array_split(missing, parallelism)]
+            size = max(1, -(-len(missing) // parallelism))
+            return [_read_task(IndexShare.of(block)) for block in missing.blocks(size)]
 
-    def _read_task(share: np.ndarray) -> ray.data.ReadTask:
-        metadata = BlockMetadata(num_rows=len(share), size_bytes=None, input_files=None, exec_stats=None)
-        return ray.data.ReadTask(lambda: [ray.get(stage)(share)], metadata)
+    def _read_task(share: IndexShare) -> ray.data.ReadTask:
+        num_rows = 1 + len(share.steps)
+        metadata = BlockMetadata(num_rows=num_rows, size_bytes=None, input_files=None, exec_stats=None)
+        return ray.data.ReadTask(lambda: [ray.get(stage)(share.indices())], metadata)
 
     return Requests()
 
 
-def write_rows(batch: pa.Table, *, uri: str, plan_id: str, run_id: str) -> pa.Table:
+def write_rows(
+    batch: pa.Table, *, uri: str, plan_id: str, run_id: str, storage_options: Mapping[str, str]
+) -> pa.Table:
     """Write finished rows as fragments with their ledger record; errors go to quarantine.
 
     Returns one row: the record as JSON (empty where every request failed) and the accounts of the batch.
@@ -127,13 +191,14 @@ def write_rows(batch: pa.Table, *, uri: str, plan_id: str, run_id: str) -> pa.Ta
 
     failed = batch.filter(pc.is_valid(batch["error"]))
     made = batch.filter(pc.is_null(batch["error"]))
-    quarantine = QuarantineLog(uri, plan_id)
     for row in failed.select(["request_id", "request_index", "error", "error_reason"]).to_pylist():
-        quarantine.add(row["request_id"], row["request_index"], row["error_reason"], row["error"], tries=1)
+        QuarantineLog(uri, plan_id, storage_options).add(
+            row["request_id"], row["request_index"], row["error_reason"], row["error"], tries=1
+        )
     record = None
     if made.num_rows:
         rows = made.drop_columns(list(ACCOUNTS))
-        record = write_fragment(uri, rows, run_id=run_id)
+        record = write_fragment(uri, rows, run_id=run_id, storage_options=storage_options)
     return pa.Table.from_pylist(
         [
             {
@@ -142,14 +207,30 @@ def write_rows(batch: pa.Table, *, uri: str, plan_id: str, run_id: str) -> pa.Ta
                 "quarantined": failed.num_rows,
                 "started": pc.min(made["started"]).as_py(),
                 "busy_seconds": float(pc.sum(made["seconds"]).as_py() or 0.0),
+                "rejected": json.dumps(_rejected(made)),
                 "last_error": failed["error"][0].as_py() if failed.num_rows else "",
             }
         ]
     )
 
 
+def _rejected(rows: pa.Table) -> dict[str, int]:
+    counts = pc.value_counts(rows["stream_reject_reason"].drop_null())
+    return {item["values"]: item["counts"] for item in counts.to_pylist()}
+
+
+def stages(settings: StreamSettings) -> tuple[Stage, ...]:
+    """The stages of the stream, for its observer."""
+    return (
+        Stage(name="requests", operator="Requests"),
+        Stage(name="synthesizer", operator="_SynthesisActor", num_workers=settings.num_synthesizers),
+        Stage(name="embedder", operator="_FinishActor", num_workers=settings.num_embedders),
+        Stage(name="writer", operator="write_rows"),
+    )
+
+
 def stream(
-    missing: np.ndarray,
+    missing: "IndexSet",
     request_stage: RequestStage,
     synthesizer: SynthesizerSettings,
     finish: FinishSettings,
@@ -157,8 +238,9 @@ def stream(
     *,
     uri: str,
     run_id: str,
+    storage_options: Mapping[str, str],
 ) -> Iterator[dict[str, Any]]:
-    """Run the stream over the missing request indices; yields what `write_rows` returns, as it comes."""
+    """Run the stream over the missing requests; yields what `write_rows` returns, as it comes."""
     import ray
 
     plan = request_stage.plan
@@ -173,10 +255,13 @@ def stream(
     dataset = (
         source.map_batches(
             _SynthesisActor,
-            fn_constructor_args=(synthesizer, plan, uri, settings.max_tries),
+            fn_constructor_args=(synthesizer, plan, uri, settings.max_tries, storage_options),
             batch_size=settings.batch_size,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=settings.num_synthesizers),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=settings.min_synthesizers or settings.num_synthesizers,
+                max_size=settings.num_synthesizers,
+            ),
             num_cpus=settings.cpus_per_synthesizer,
             num_gpus=settings.gpus_per_synthesizer or None,
         )
@@ -191,7 +276,12 @@ def stream(
         )
         .map_batches(
             write_rows,
-            fn_kwargs={"uri": uri, "plan_id": plan.plan_id, "run_id": run_id},
+            fn_kwargs={
+                "uri": uri,
+                "plan_id": plan.plan_id,
+                "run_id": run_id,
+                "storage_options": storage_options,
+            },
             batch_size=rows_per_fragment,
             batch_format="pyarrow",
             num_cpus=CPUS_PER_TASK,

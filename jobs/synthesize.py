@@ -11,18 +11,16 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from jobs.recipe_args import parse_args
 from jobs.synthesis_plan import (
     Args,
     Prepared,
-    absolute,
     execution,
     plan_record,
     prepare,
@@ -69,12 +67,12 @@ def run(args: Args) -> SynthesisResult | None:
         LeaseHeld: another driver works on this plan in this table.
         RuntimeError: more requests failed than --max-quarantined allows; what is committed stays.
     """
-    from factory.storage import create_table, open_table
+    from factory.storage import absolute_uri, create_table, open_table
     from schemas.sample import synthetic_schema
 
     start = time.perf_counter()
     # Workers have working directories of their own.
-    args = dataclasses.replace(args, out=absolute(args.out), real=absolute(args.real))
+    args = dataclasses.replace(args, out=absolute_uri(args.out), real=absolute_uri(args.real))
     prepared = prepare(args)
     if args.plan:
         print_plan(args, prepared, _count_missing(args, prepared))
@@ -93,39 +91,36 @@ def run(args: Args) -> SynthesisResult | None:
 
 def _count_missing(args: Args, prepared: Prepared) -> int:
     """Requests that are neither committed nor quarantined; takes no lease, so a running job is not disturbed."""
-    from factory.storage import QuarantineLog, create_table, open_table
+    from factory.storage import create_table, open_table, plan_status
     from schemas.sample import synthetic_schema
 
     try:
         open_table(args.out)
     except FileNotFoundError:
-        return len(prepared.indices)
+        return prepared.num_requests
     # The table is there, so this only checks that its schema, classes and embedder are this plan's.
     schema = synthetic_schema(prepared.embedder_spec.dim)
     table = create_table(args.out, schema, metadata=table_metadata(prepared))
-    plan_id = prepared.plan.plan_id
-    committed = table.read(["request_index"], filter=f"plan_id = '{plan_id}'")["request_index"].to_numpy()
-    given_up = QuarantineLog(args.out, plan_id).indices()
-    return int((~np.isin(prepared.indices, np.concatenate([committed, given_up]))).sum())
+    return plan_status(table, prepared.plan.plan_id, prepared.requested).reconciliation.pending
 
 
 def _release_quarantined(uri: str, plan_id: str) -> None:
     from factory.storage import QuarantineLog
 
     log = QuarantineLog(uri, plan_id)
-    for entry in log.entries():
-        log.remove(entry.request_id)
+    log.remove(*(entry.request_id for entry in log.entries()))
 
 
 def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult:
-    from factory.storage import Committer, FragmentRecord, open_table
+    from factory.storage import Committer, FragmentRecord, open_table, resolve_options
     from factory.tracking import track
     from jobs.cluster import configure_data, start_ray
+    from jobs.observing import StreamObserver, log_file, observing
     from jobs.progress import progress_bar
-    from jobs.synthesis_stream import stream
+    from jobs.synthesis_stream import stages, stream
 
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-    indices = prepared.indices
+    requested = prepared.requested
     busy = made = 0.0
     quarantined = 0
     with (
@@ -146,11 +141,11 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
         adopted = committer.adopt()
         if args.retry_quarantined:
             _release_quarantined(args.out, prepared.plan.plan_id)
-        missing = committer.missing(indices)
+        missing = committer.missing(requested)
         for note in prepared.notes:
             print(f"note: {note}")
         print(
-            f"plan {prepared.plan.plan_id}: {len(indices)} requested, {len(indices) - len(missing)} done before"
+            f"plan {prepared.plan.plan_id}: {len(requested)} requested, {len(requested) - len(missing)} done before"
             + (f" ({adopted} adopted from an interrupted run)" if adopted else "")
         )
         began, before = time.time(), time.perf_counter() - start
@@ -158,9 +153,18 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
         if len(missing):
             with start_ray(args.address, args.num_cpus) as handle:
                 configure_data()
-                settings, synthesizer, finish = execution(args, prepared, handle.num_cpus, handle.num_gpus)
-                settings.check(handle.num_cpus, handle.num_gpus)
-                with progress_bar("synthesize", len(missing)) as advance:
+                settings, synthesizer, finish = execution(args, prepared, handle.max_cpus, handle.max_gpus)
+                if handle.grows:
+                    settings = dataclasses.replace(settings, min_synthesizers=1)
+                settings.check(handle.max_cpus, handle.max_gpus, handle.node_cpus)
+                observer = StreamObserver(
+                    "synthesize",
+                    len(missing),
+                    stages(settings),
+                    log=log_file(args.out, run_id),
+                    lines=None if sys.stderr.isatty() else sys.stderr,
+                )
+                with observing(observer), progress_bar("synthesize", len(missing)) as advance:
                     for row in stream(
                         missing,
                         prepared.request_stage,
@@ -169,6 +173,7 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
                         settings,
                         uri=args.out,
                         run_id=run_id,
+                        storage_options=resolve_options(None),
                     ):
                         first_batch = min(first_batch, row["started"] or first_batch)
                         if row["record"]:
@@ -176,15 +181,18 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
                         busy += row["busy_seconds"]
                         made += row["made"]
                         quarantined += row["quarantined"]
+                        observer.add(row["made"] + row["quarantined"], json.loads(row["rejected"]))
+                        if metrics := observer.take_metrics():
+                            tracked.metrics(metrics, step=round(time.perf_counter() - start))
                         advance(row["made"] + row["quarantined"])
-                        if quarantined > max(args.max_quarantined * len(indices), 1):
+                        if quarantined > max(args.max_quarantined * len(requested), 1):
                             committer.commit()
                             raise RuntimeError(
-                                f"{quarantined} of {len(indices)} requests failed, more than --max-quarantined "
+                                f"{quarantined} of {len(requested)} requests failed, more than --max-quarantined "
                                 f"{args.max_quarantined:.0%} allows; the last error: {row['last_error']}"
                             )
         committer.commit()
-        audit = committer.audit(indices)
+        audit = committer.audit(requested)
         end = time.perf_counter()
         result = SynthesisResult(
             uri=args.out,

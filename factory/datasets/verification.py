@@ -177,7 +177,9 @@ def _open(item: Item, file: Path) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     return (
-        f"none of {', '.join(RASTER_FORMATS)}" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        f"none of {', '.join(RASTER_FORMATS)}"
+        if isinstance(error, UnidentifiedImageError)
+        else str(error) or type(error).__name__
     )
 
 
