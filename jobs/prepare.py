@@ -3,6 +3,7 @@
     factory prepare busi Dataset_BUSI_with_GT --out real.lance
     factory prepare folder my_images --out real.lance --on-error quarantine
     factory prepare phantom --num-images 512 --out phantom.lance
+    factory prepare busi Dataset_BUSI_with_GT --num-train 80 --out small.lance
     factory prepare medmnist breastmnist.npz --out real.lance \\
         --embedder "timm:mobilenetv2_100?pad_type=same&mean=0.5&std=0.5" --embedder-weights mobilenetv2.safetensors
 
@@ -64,6 +65,11 @@ class Args:
         0.2,
     )
     """Shares of the images; whole groups are kept together."""
+    num_train: int | None = None
+    """Keep at most so many training images; whole groups of the others go to the split `reserve`, which no model sees."""
+    reserve_fold: str | None = None
+    """K/F: training fold K (0 …) of F goes to `reserve` too. A generator trained on what is left serves
+    `factory explore ratio --fold-table K=TABLE`."""
     num_images: int | None = None
     """Phantoms to make (256 by default)."""
     overwrite: bool = False
@@ -105,14 +111,30 @@ def run(args: Args) -> PrepareResult:
     layout = get_layout(args.layout)
     _check(args, layout)
     check_fractions(args.split_fractions)
+    parse_fold(args.reserve_fold)
     embedder = ImageEmbedder(name=args.embedder, weights=args.embedder_weights)
     what = {"layout": args.layout, "seed": args.seed, "split_fractions": args.split_fractions,
+            "num_train": args.num_train, "reserve_fold": args.reserve_fold,
             "num_images": args.num_images, "embedder": embedder.name}  # fmt: skip
     how = {"path": args.path, "out": args.out, "device": args.device, "on_error": args.on_error,
            "max_quarantined": args.max_quarantined}  # fmt: skip
     listing = layout.listing(Path(args.path), ListingOptions(num_images=args.num_images, seed=args.seed))
     with track("prepare", recipe_parameters=what, execution_parameters=how) as tracked:
         return _run(args, layout, listing, embedder.load(args.device), tracked)
+
+
+def parse_fold(text: str | None) -> tuple[int, int] | None:
+    """(K, F) of "K/F"; None for None.
+
+    Raises:
+        ValueError: no such fold.
+    """
+    if text is None:
+        return None
+    number, _, num_folds = text.partition("/")
+    if not (number.isdigit() and num_folds.isdigit() and int(number) < int(num_folds) and int(num_folds) > 1):
+        raise ValueError(f"--reserve-fold {text!r}: want K/F with 0 ≤ K < F and F ≥ 2, e.g. 0/5")
+    return int(number), int(num_folds)
 
 
 def _check(args: Args, layout: "Layout") -> None:
@@ -156,6 +178,8 @@ def _run(
             search=None if layout.is_made else NearDuplicates(),
             fractions=args.split_fractions,
             seed=args.seed,
+            num_train=args.num_train,
+            reserve_fold=parse_fold(args.reserve_fold),
             num_quarantined=len(problems),
             progress=advance,
         )

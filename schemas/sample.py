@@ -12,7 +12,9 @@ from typing import Any, Self
 import pyarrow as pa
 
 SCHEMA_VERSION = "1"
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "reserve")
+"""Of real rows. `reserve`: real rows that no generator, filter or task model sees, save the oracle arm of an evaluation
+and the held-out set of a memorisation test."""
 
 
 class RejectReason(enum.StrEnum):
@@ -64,7 +66,7 @@ def real_schema(embedding_dim: int) -> pa.Schema:
             _field("source_path", pa.string(), "path relative to the source folder"),
             _field("patient_id", pa.string(), "as the dataset gives it", nullable=True),
             _field("group_id", pa.string(), "patient and near-duplicate group; never spans two splits"),
-            _field("split", pa.string(), "train | val | test"),
+            _field("split", pa.string(), "train | val | test | reserve"),
             _field("label", pa.int32(), "index into the table's class names"),
             _field("label_name", pa.string(), "class name"),
             _field("image", pa.binary(), "PNG, uint8, (H, W) grey or (H, W, 3) RGB"),

@@ -12,7 +12,7 @@ import pyarrow as pa
 from factory.datasets.layout import Layout
 from factory.datasets.near_duplicates import DuplicateGroups, NearDuplicates, connected_groups
 from factory.datasets.shortcuts import shortcut_check
-from factory.datasets.splits import assign_splits
+from factory.datasets.splits import assign_splits, group_folds, keep_training_groups
 from factory.datasets.summary import Facts, Summary, describe_duplicates, summarise
 from factory.datasets.verification import VerifiedImage
 from factory.imaging import encode_png
@@ -153,6 +153,8 @@ def prepare_dataset(
     search: NearDuplicates | None,
     fractions: Sequence[float],
     seed: int,
+    num_train: int | None = None,
+    reserve_fold: tuple[int, int] | None = None,
     num_quarantined: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PreparedDataset:
@@ -166,6 +168,8 @@ def prepare_dataset(
         search: how near-duplicates are found; None where images are independent by construction.
         fractions: shares of train, val, test.
         seed: of the splits.
+        num_train: training images to keep; whole groups of the others go to `reserve`. All by default.
+        reserve_fold: (K, F): fold K of F of what is left in train goes to `reserve` too.
         num_quarantined: items left out, for the summary.
         progress: called with the number of images searched.
 
@@ -175,7 +179,9 @@ def prepare_dataset(
     labels = np.array([class_names.index(verified.item.label_name) for verified in images])
     groups = group_images(images, embeddings, search, progress)
     ids = image_ids(images)
+    group_ids = _group_ids(groups.group, ids)
     splits = assign_splits(groups.group, labels, fractions, seed).tolist()
+    splits = _with_reserve(splits, group_ids, labels, num_train, reserve_fold, seed)
     facts = Facts(
         source_path=[verified.item.source_path for verified in images],
         label_name=[verified.item.label_name for verified in images],
@@ -198,13 +204,41 @@ def prepare_dataset(
         images=images,
         image_ids=ids,
         embeddings=embeddings,
-        group_ids=_group_ids(groups.group, ids),
+        group_ids=group_ids,
         splits=splits,
         class_names=class_names,
         layout=layout,
         groups=groups,
         summary=summary,
     )
+
+
+def _with_reserve(
+    splits: list[str],
+    group_ids: Sequence[str],
+    labels: np.ndarray,
+    num_train: int | None,
+    reserve_fold: tuple[int, int] | None,
+    seed: int,
+) -> list[str]:
+    """The splits with the training groups that are left out moved to `reserve`."""
+
+    def train() -> np.ndarray:
+        return np.flatnonzero(np.array(splits) == "train")
+
+    def reserve(rows: np.ndarray) -> list[str]:
+        gone = set(rows.tolist())
+        return ["reserve" if row in gone else split for row, split in enumerate(splits)]
+
+    if num_train is not None:
+        rows = train()
+        kept = keep_training_groups([group_ids[row] for row in rows], labels[rows], num_train, seed)
+        splits = reserve(rows[~kept])
+    if reserve_fold is not None:
+        rows, (number, num_folds) = train(), reserve_fold
+        folds = group_folds([group_ids[row] for row in rows], labels[rows], num_folds)
+        splits = reserve(rows[folds == number])
+    return splits
 
 
 def _group_ids(group: np.ndarray, ids: Sequence[str]) -> list[str]:

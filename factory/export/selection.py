@@ -4,7 +4,6 @@ Only small columns are read here, in batches. A ratio draws, per class, the synt
 their request_id: the choice is the same on every machine, and a larger ratio contains the smaller one.
 """
 
-import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from factory.storage import Table, class_names, whole_filter
+from schemas.draws import draw_order, share_out
 
 NEAR_COPY = "near_copy_of_real"
 _AT_ONCE = 1 << 16
@@ -137,29 +137,6 @@ def select(synthetic: Table, real: Table | None, choice: Choice) -> Selection:
         left_out=left_out,
         notes=tuple(notes),
     )
-
-
-def share_out(num_real: Mapping[str, int], ratio: float, *, balance: bool) -> dict[str, int]:
-    """Synthetic rows wanted per class: about `ratio` × all real rows; grows in every class with `ratio`.
-
-    Without `balance` each class gets `ratio` times its own real rows, rounded. With it the rows go, one by one, to
-    the class that has fewest rows by then; a class without real rows takes part.
-    """
-    if not balance:
-        return {label: round(number * ratio) for label, number in num_real.items()}
-    targets = dict.fromkeys(num_real, 0)
-    heap = [(number, place, label) for place, (label, number) in enumerate(num_real.items())]
-    heapq.heapify(heap)
-    for _ in range(round(sum(num_real.values()) * ratio)):
-        number, place, label = heap[0]
-        targets[label] += 1
-        heapq.heapreplace(heap, (number + 1, place, label))
-    return targets
-
-
-def draw_order(request_id: str) -> int:
-    """Where a row stands in the order of drawing: 64 bits of a hash of its id."""
-    return int.from_bytes(hashlib.sha256(f"export/{request_id}".encode()).digest()[:8], "big")
 
 
 # ------------------------------------------------------------------------------------------ details

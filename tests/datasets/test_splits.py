@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factory.datasets.splits import assign_splits
-from schemas.sample import SPLITS
+from factory.datasets.splits import DRAWN_SPLITS, assign_splits
 
 
 @settings(max_examples=60, deadline=None)
@@ -14,7 +13,7 @@ def test_groups_never_span_two_splits(seed: int, num_groups: int, num_classes: i
     groups = np.concatenate([np.arange(num_groups), rng.integers(num_groups, size=num_groups)])
     labels = rng.integers(num_classes, size=len(groups))
     splits = assign_splits(groups, labels, seed=split_seed)
-    assert set(splits) <= set(SPLITS)
+    assert set(splits) <= set(DRAWN_SPLITS)
     for group in range(num_groups):
         assert len(set(splits[groups == group])) == 1
     assert np.array_equal(splits, assign_splits(groups, labels, seed=split_seed))
@@ -27,7 +26,7 @@ def test_fractions_and_classes_are_balanced() -> None:
     splits = assign_splits(groups, labels)
     for label in range(3):
         total = (labels == label).sum()
-        for split, fraction in zip(SPLITS, (0.7, 0.1, 0.2)):
+        for split, fraction in zip(DRAWN_SPLITS, (0.7, 0.1, 0.2)):
             count = ((labels == label) & (splits == split)).sum()
             assert abs(count - fraction * total) <= max(2, 0.03 * total)
 
@@ -41,7 +40,11 @@ def test_a_group_larger_than_a_split_goes_to_train() -> None:
     groups = np.concatenate([np.zeros(60, int), np.arange(1, 41)])
     splits = assign_splits(groups, np.zeros(100, int))
     assert set(splits[:60]) == {"train"}
-    assert {name: int((splits == name).sum()) for name in SPLITS} == {"train": 70, "val": 10, "test": 20}
+    assert {name: int((splits == name).sum()) for name in DRAWN_SPLITS} == {
+        "train": 70,
+        "val": 10,
+        "test": 20,
+    }
 
 
 def test_bad_input_is_named() -> None:

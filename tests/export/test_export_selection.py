@@ -17,8 +17,9 @@ from export_tables import (
 )
 
 from factory.export.rows import Provenance, interleave, read_items
-from factory.export.selection import Choice, Selection, select, share_out
+from factory.export.selection import Choice, Selection, select
 from factory.storage import open_table
+from schemas.draws import share_out
 
 GOOD = set(range(NUM_SYNTHETIC)) - set(STREAM_REJECTED) - set(NEAR_COPIES) - set(OF_VAL_BACKGROUND)
 TRAIN = {index for index in range(30) if index % 5 < 3}
