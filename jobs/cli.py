@@ -42,7 +42,9 @@ VERBS = {
         module="jobs.caption", about="describe real images in words, or write new prompts from these"
     ),
     "train": Verb(
-        module="jobs.train", about="train a recipe's generator, autoencoder or mask model", resumes=True
+        module="jobs.train",
+        about="train a recipe's generator, autoencoder, mask model, or a segmenter to judge images",
+        resumes=True,
     ),
     "heal": Verb(
         module="jobs.heal", about="paint lesions over, so that real images serve as backgrounds", resumes=True
@@ -56,6 +58,11 @@ VERBS = {
     "curate": Verb(
         module="jobs.curate",
         about="mark duplicates, copies and outliers; say why each was rejected",
+        resumes=True,
+    ),
+    "score": Verb(
+        module="jobs.score",
+        about="add columns: density, shape, texture, mask fidelity of rows against real images",
         resumes=True,
     ),
     "query": Verb(module="jobs.query", about="filter, search by image, export rows or a contact sheet"),

@@ -179,6 +179,8 @@ def _curate(
     from jobs.curation_closeness import find_closeness
     from jobs.curation_copies import CopyFindings, find_copies
     from jobs.curation_verdicts import curation_columns, mark_copies, mark_duplicates, telling_pairs
+    from jobs.fidelity import rejected_later
+    from schemas.sample import RejectReason
 
     notes: list[str] = []
     rejudged = None
@@ -189,6 +191,13 @@ def _curate(
         again = rejudge(table, real_table, rows, [Override.parse(text) for text in args.threshold])
         rows, rejudged = dataclasses.replace(rows, stream_reasons=again.reasons), again.changed
         notes += again.notes
+    disobeying = rejected_later(table)
+    if disobeying:
+        later = [
+            RejectReason.MASK_NOT_OBEYED if reason is None and request_id in disobeying else reason
+            for request_id, reason in zip(rows.request_ids, rows.stream_reasons)
+        ]
+        rows = dataclasses.replace(rows, stream_reasons=later)
     similarity, nearest = dedup.nearest(
         rows.embeddings,
         real.embeddings,

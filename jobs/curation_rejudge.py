@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from factory.curation.mask_fidelity import FittedMaskFidelity
 from factory.curation.rejudge import Override, judge_again, score_columns, with_thresholds
 from jobs.curation_rows import SyntheticRows
 
@@ -57,6 +58,9 @@ def rejudge(
                 f"{real_table.uri}; give that table as --real"
             )
         filters = _fitted(plan, real_table)
+        gate = table.metadata.get(f"gate.{key[5:]}")
+        if gate is not None:  # the job's --segmenter judged too
+            filters = (*filters, FittedMaskFidelity.of_record(json.loads(gate)))
         changed = with_thresholds(filters, overrides)
         where = f"plan_id = '{key[5:]}'"
         columns = ["request_id", "scores", "stream_reject_reason"]

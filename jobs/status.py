@@ -47,6 +47,8 @@ def _requested(table: "Table", plan_id: str, record: dict[str, Any]) -> Any:
     """Indices of the requests that were last asked for; of tables that do not say, those that are committed."""
     import numpy as np
 
+    from factory.storage import IndexSet, QuarantineLog
+    from jobs.fidelity import attempts_of, recorded_regeneration
     from schemas.request import SynthesisPlan
 
     asked = table.metadata.get(f"requested.{plan_id}")
@@ -61,7 +63,12 @@ def _requested(table: "Table", plan_id: str, record: dict[str, Any]) -> Any:
         seed=record["seed"],
         labels=tuple(record["labels"]),
     )
-    return plan.indices(json.loads(asked))
+    requested = IndexSet.of(plan.index_blocks(json.loads(asked)))
+    rule = recorded_regeneration(table, plan_id)
+    if rule is not None:
+        given_up = QuarantineLog(table.uri, plan_id).indices()
+        requested.add(attempts_of(table, plan_id, requested, rule, given_up).indices)
+    return requested
 
 
 def lines(record: dict[str, Any], status: "PlanStatus") -> Iterator[str]:

@@ -13,11 +13,14 @@ import numpy as np
 import tyro
 
 from factory.curation.filters import SimilarityBand
+from factory.curation.mask_fidelity import FittedMaskFidelity, MaskFidelity, load_mask_fidelity
 from factory.embedding import EmbedderSpec
 from factory.imaging import TrainingRow
 from factory.recipes import Recipe
 from factory.version import code_version
+from jobs.fidelity import regeneration_of
 from jobs.recipe_args import parse_recipe
+from schemas.regeneration import Regeneration
 from schemas.request import SynthesisPlan
 
 if TYPE_CHECKING:
@@ -72,6 +75,16 @@ class Args:
     """Share of the requests that may fail before the job stops."""
     max_tries: int = 3
     """Times a request may kill its process, alone, before it is quarantined."""
+    segmenter: str | None = None
+    """Folder of `factory train --part segmenter`: rejects images in which it does not find the mask that was asked for."""
+    min_dice: float | None = None
+    """With --segmenter: a Dice below which it rejects whatever it reaches on real images."""
+    regenerate: int = 0
+    """Further attempts, each with a new seed, at every request rejected for one of --regenerate-reasons."""
+    regenerate_reasons: str = "mask_not_obeyed"
+    """Reject reasons for which a request is tried again, separated by commas."""
+    regenerate_budget: int | None = None
+    """Further attempts in all."""
     retry_quarantined: bool = False
     """Give the quarantined requests of this plan another chance."""
     address: str | None = None
@@ -95,6 +108,8 @@ class Prepared:
     embedder_spec: Any
     licence: str
     real_version: int
+    fidelity: FittedMaskFidelity | None = None
+    regeneration: Regeneration | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -201,6 +216,7 @@ def prepare(args: Args) -> Prepared:
     for item in filters:
         for label, reason in getattr(item, "off", {}).items():
             notes.append(f"{type(item).__name__} does not judge class {labels[label]}: {reason}")
+    fidelity = _fit_fidelity(args, recipe, labels, digest)
     weights = all_weights(recipe, generator, [Path(adapter) for adapter in args.adapters])
     plan = SynthesisPlan(
         recipe=recipe.name,
@@ -217,13 +233,28 @@ def prepare(args: Args) -> Prepared:
         counts=counts,
         request_stage=make_request_stage(recipe, plan, rows),
         colour=in_colour(rows),
-        filters=filters,
+        filters=filters if fidelity is None else (*filters, fidelity),
+        fidelity=fidelity,
+        regeneration=regeneration_of(args.regenerate, args.regenerate_reasons, args.regenerate_budget),
         embedder=spec.embedder(),
         embedder_spec=spec,
         licence="; ".join(licences),
         real_version=real.version,
         notes=tuple(notes),
     )
+
+
+def _fit_fidelity(args: Args, recipe: Recipe, labels: Sequence[str], real: str) -> FittedMaskFidelity | None:
+    """The gate of --segmenter. It marks as the recipe's filters do, so it is no part of the plan's identity."""
+    if args.segmenter is None:
+        if args.min_dice is not None:
+            raise ValueError("--min-dice: goes with --segmenter FOLDER")
+        return None
+    if recipe.masks is None:
+        raise ValueError(
+            f"--segmenter: recipe {recipe.name} asks for no masks, so there is none to obey; leave it out"
+        )
+    return load_mask_fidelity(MaskFidelity(min_dice=args.min_dice), args.segmenter, labels, real)
 
 
 def _has_lesion(row: TrainingRow, label: str) -> bool:
@@ -310,6 +341,8 @@ def plan_record(args: Args, prepared: Prepared) -> dict[str, Any]:
         "weights": dict(prepared.plan.weights),
         "labels": list(prepared.plan.labels),
         "code_version": code_version(),
+        "segmenter": None if prepared.fidelity is None else prepared.fidelity.segmenter_digest,
+        "segmenter_architecture": None if prepared.fidelity is None else prepared.fidelity.architecture,
     }
 
 

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from jobs.recipe_args import parse_args
 from jobs.synthesis_plan import (
@@ -27,6 +28,11 @@ from jobs.synthesis_plan import (
     print_plan,
     table_metadata,
 )
+
+if TYPE_CHECKING:
+    from factory.storage import Committer, IndexSet
+    from factory.tracking import Run
+    from schemas.regeneration import Attempts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,8 @@ class SynthesisResult:
     seconds: float
     startup_seconds: float
     busy_seconds: float
+    regeneration: str = ""
+    first_attempts: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -86,7 +94,18 @@ def run(args: Args) -> SynthesisResult | None:
     asked = json.dumps(dict(prepared.counts), sort_keys=True)
     if open_table(args.out).metadata.get(f"requested.{prepared.plan.plan_id}") != asked:
         open_table(args.out).set_metadata({f"requested.{prepared.plan.plan_id}": asked})
-    return _run_stream(args, prepared, start)
+    notes = _record_rules(args, prepared)
+    return _run_stream(args, dataclasses.replace(prepared, notes=(*prepared.notes, *notes)), start)
+
+
+def _record_rules(args: Args, prepared: Prepared) -> list[str]:
+    """Who judges and what is tried again, into the table's metadata; notes for the operator."""
+    from factory.storage import open_table
+    from jobs.fidelity import record_gate, record_regeneration
+
+    plan_id = prepared.plan.plan_id
+    record_regeneration(open_table(args.out), plan_id, prepared.regeneration)
+    return record_gate(open_table(args.out), plan_id, prepared.fidelity)
 
 
 def _count_missing(args: Args, prepared: Prepared) -> int:
@@ -101,7 +120,23 @@ def _count_missing(args: Args, prepared: Prepared) -> int:
     # The table is there, so this only checks that its schema, classes and embedder are this plan's.
     schema = synthetic_schema(prepared.embedder_spec.dim)
     table = create_table(args.out, schema, metadata=table_metadata(prepared))
-    return plan_status(table, prepared.plan.plan_id, prepared.requested).reconciliation.pending
+    requested = prepared.requested
+    _add_attempts(args, prepared, requested)
+    return plan_status(table, prepared.plan.plan_id, requested).reconciliation.pending
+
+
+def _add_attempts(args: Args, prepared: Prepared, requested: "IndexSet") -> "Attempts | None":
+    """Further attempts by what is committed, added to `requested`; None without --regenerate."""
+    from factory.storage import QuarantineLog, open_table
+    from jobs.fidelity import attempts_of
+
+    if prepared.regeneration is None:
+        return None
+    plan_id = prepared.plan.plan_id
+    given_up = QuarantineLog(args.out, plan_id).indices()
+    attempts = attempts_of(open_table(args.out), plan_id, prepared.requested, prepared.regeneration, given_up)
+    requested.add(attempts.indices)
+    return attempts
 
 
 def _release_quarantined(uri: str, plan_id: str) -> None:
@@ -111,18 +146,81 @@ def _release_quarantined(uri: str, plan_id: str) -> None:
     log.remove(*(entry.request_id for entry in log.entries()))
 
 
-def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult:
-    from factory.storage import Committer, FragmentRecord, open_table, resolve_options
-    from factory.tracking import track
-    from jobs.cluster import configure_data, start_ray
+@dataclass(kw_only=True)
+class _Accounts:
+    """What the rows of a run add up to; `limit` is the number of failed requests from which the job stops."""
+
+    limit: float
+    made: int = 0
+    quarantined: int = 0
+    busy_seconds: float = 0.0
+    first_batch: float = math.inf
+
+
+def _make(
+    args: Args,
+    prepared: Prepared,
+    missing: "IndexSet",
+    stage_settings: tuple[Any, Any, Any],
+    committer: "Committer",
+    tracked: "Run",
+    accounts: _Accounts,
+    run_id: str,
+) -> None:
+    """One pass of the stream over `missing`, observed and committed.
+
+    Raises:
+        RuntimeError: more requests failed than the accounts allow; what is committed stays.
+    """
+    from factory.storage import FragmentRecord, resolve_options
     from jobs.observing import StreamObserver, log_file, observing
     from jobs.progress import progress_bar
     from jobs.synthesis_stream import stages, stream
 
+    settings, synthesizer, finish = stage_settings
+    lines = None if sys.stderr.isatty() else sys.stderr
+    log = log_file(args.out, run_id)
+    observer = StreamObserver("synthesize", len(missing), stages(settings), log=log, lines=lines)
+    begin = time.perf_counter()
+    with observing(observer), progress_bar("synthesize", len(missing)) as advance:
+        for row in stream(
+            missing,
+            prepared.request_stage,
+            synthesizer,
+            finish,
+            settings,
+            uri=args.out,
+            run_id=run_id,
+            storage_options=resolve_options(None),
+        ):
+            accounts.first_batch = min(accounts.first_batch, row["started"] or accounts.first_batch)
+            if row["record"]:
+                committer.add(FragmentRecord.from_json(row["record"]))
+            accounts.busy_seconds += row["busy_seconds"]
+            accounts.made += row["made"]
+            accounts.quarantined += row["quarantined"]
+            observer.add(row["made"] + row["quarantined"], json.loads(row["rejected"]))
+            if metrics := observer.take_metrics():
+                tracked.metrics(metrics, step=round(time.perf_counter() - begin))
+            advance(row["made"] + row["quarantined"])
+            if accounts.quarantined > accounts.limit:
+                committer.commit()
+                raise RuntimeError(
+                    f"{accounts.quarantined} requests failed, more than --max-quarantined "
+                    f"{args.max_quarantined:.0%} allows; the last error: {row['last_error']}"
+                )
+    committer.commit()
+
+
+def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult:
+    from factory.storage import Committer, open_table
+    from factory.tracking import track
+    from jobs.cluster import configure_data, start_ray
+
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     requested = prepared.requested
-    busy = made = 0.0
-    quarantined = 0
+    first_attempts = len(requested)
+    accounts = _Accounts(limit=max(args.max_quarantined * len(requested), 1))
     with (
         track(
             "synthesize",
@@ -141,6 +239,7 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
         adopted = committer.adopt()
         if args.retry_quarantined:
             _release_quarantined(args.out, prepared.plan.plan_id)
+        attempts = _add_attempts(args, prepared, requested)
         missing = committer.missing(requested)
         for note in prepared.notes:
             print(f"note: {note}")
@@ -149,7 +248,6 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
             + (f" ({adopted} adopted from an interrupted run)" if adopted else "")
         )
         began, before = time.time(), time.perf_counter() - start
-        first_batch = math.inf
         if len(missing):
             with start_ray(args.address, args.num_cpus) as handle:
                 configure_data()
@@ -157,40 +255,15 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
                 if handle.grows:
                     settings = dataclasses.replace(settings, min_synthesizers=1)
                 settings.check(handle.max_cpus, handle.max_gpus, handle.node_cpus)
-                observer = StreamObserver(
-                    "synthesize",
-                    len(missing),
-                    stages(settings),
-                    log=log_file(args.out, run_id),
-                    lines=None if sys.stderr.isatty() else sys.stderr,
-                )
-                with observing(observer), progress_bar("synthesize", len(missing)) as advance:
-                    for row in stream(
-                        missing,
-                        prepared.request_stage,
-                        synthesizer,
-                        finish,
-                        settings,
-                        uri=args.out,
-                        run_id=run_id,
-                        storage_options=resolve_options(None),
-                    ):
-                        first_batch = min(first_batch, row["started"] or first_batch)
-                        if row["record"]:
-                            committer.add(FragmentRecord.from_json(row["record"]))
-                        busy += row["busy_seconds"]
-                        made += row["made"]
-                        quarantined += row["quarantined"]
-                        observer.add(row["made"] + row["quarantined"], json.loads(row["rejected"]))
-                        if metrics := observer.take_metrics():
-                            tracked.metrics(metrics, step=round(time.perf_counter() - start))
-                        advance(row["made"] + row["quarantined"])
-                        if quarantined > max(args.max_quarantined * len(requested), 1):
-                            committer.commit()
-                            raise RuntimeError(
-                                f"{quarantined} of {len(requested)} requests failed, more than --max-quarantined "
-                                f"{args.max_quarantined:.0%} allows; the last error: {row['last_error']}"
-                            )
+                stages = (settings, synthesizer, finish)
+                while len(missing):
+                    _make(args, prepared, missing, stages, committer, tracked, accounts, run_id)
+                    if len(committer.missing(requested)):
+                        break  # what the stream left behind is pending: a further round would not end
+                    attempts = _add_attempts(args, prepared, requested)
+                    missing = committer.missing(requested)
+                    if len(missing):
+                        print(f"regenerate: {len(missing)} further attempts of rejected requests")
         committer.commit()
         audit = committer.audit(requested)
         end = time.perf_counter()
@@ -199,16 +272,18 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
             plan_id=prepared.plan.plan_id,
             version=open_table(args.out).version,
             line=audit.line(),
+            regeneration="" if attempts is None else attempts.line(),
+            first_attempts=first_attempts,
             requested=audit.requested,
             committed=audit.committed,
             accepted=audit.accepted,
             rejected=audit.rejected,
             quarantined=audit.quarantined,
             pending=audit.pending,
-            made=int(made),
+            made=accounts.made,
             seconds=end - start,
-            startup_seconds=before + (max(first_batch - began, 0.0) if made else 0.0),
-            busy_seconds=busy,
+            startup_seconds=before + (max(accounts.first_batch - began, 0.0) if accounts.made else 0.0),
+            busy_seconds=accounts.busy_seconds,
         )
         tracked.set({"plan_id": result.plan_id, "table": args.out, "table_version": str(result.version)})
         tracked.metrics(
@@ -227,9 +302,17 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
 
 def print_result(args: Args, result: SynthesisResult) -> None:
     """The reconciliation line, the acceptance funnel and the accounts."""
+    from factory.storage import open_table
+    from jobs.fidelity import acceptance_of
+
     print(result.line)
+    if result.regeneration:
+        print(result.regeneration)
+    if args.segmenter is not None:
+        for item in acceptance_of(open_table(result.uri), result.plan_id):
+            print(item.line())
     print(
-        f"funnel: {result.requested} requested → {result.committed} made → {result.accepted} accepted"
+        f"funnel: {result.first_attempts or result.requested} requested → {result.committed} made → {result.accepted} accepted"
         f" ({result.accepted / max(result.committed, 1):.0%})"
     )
     if result.made:

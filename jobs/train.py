@@ -3,6 +3,7 @@
     factory train --recipe tiny --real real.lance --out runs/generator
     factory train --recipe scmg --part vae --real real.lance --out runs/vae
     factory train --recipe scmg --part mask_gan --real real.lance --out runs/masks
+    factory train --recipe tiny --part segmenter --real real.lance --out runs/segmenter
     factory train --recipe clinical_prior --real real.lance --out runs/generator --num-workers 4 --use-gpu
     factory train --recipe clinical_prior --real other.lance --out runs/adapter \\
         --adapt-from runs/generator --lora-rank 8
@@ -35,6 +36,7 @@ from factory.training.parts import (
     finished_step_of,
     identity_of_run,
 )
+from factory.training.segmenter_stage import SegmenterStage
 from factory.training.task import TrainingTask, adapted
 from factory.training.vae_stage import VAEStage
 from jobs.recipe_args import parse_args, parse_recipe
@@ -53,9 +55,9 @@ class Args:
     out: str
     """Folder for the weights, their checkpoints and the learning curve."""
     part: Part = "generator"
-    """What is trained: the generator, its VAE (before the generator), or the recipe's mask model."""
+    """What is trained: the generator, its VAE (before the generator), the recipe's mask model, or a segmenter of real images."""
     max_steps: int | None = None
-    """Optimizer updates of that part in all, instead of the recipe's."""
+    """Optimizer updates of that part in all, instead of the recipe's; of each fit, for the segmenter."""
     num_workers: int | None = None
     """Ray workers that share each batch; 0 is this process. By default one per GPU where there are several, else 0."""
     min_workers: int | None = None
@@ -120,10 +122,13 @@ def _part_task(args: Args, recipe: Recipe) -> tuple[PartTask, Recipe]:
         raise ValueError(
             f"--part {args.part}: --adapt-from and --lora-rank are of the generator; leave them out"
         )
-    component: VAEStage | MaskGAN | MaskDDPM
+    component: VAEStage | MaskGAN | MaskDDPM | SegmenterStage
     if args.part == "vae":
         recipe = dataclasses.replace(recipe, vae_stage=_with_max_steps(recipe.vae_stage, args.max_steps))
         component = recipe.vae_stage
+    elif args.part == "segmenter":
+        component = recipe.segmenter_stage.with_num_steps(args.max_steps)
+        recipe = dataclasses.replace(recipe, segmenter_stage=component)
     else:
         source = mask_source(recipe, args.part)
         component = _with_max_steps(source.model, args.max_steps)
@@ -346,6 +351,11 @@ def _following(args: Args) -> str:
     train = f"factory train --recipe {args.recipe} --real {args.real} --out generator"
     if args.part == "vae":
         return f"{train} --generator.vae {args.out}"
+    if args.part == "segmenter":
+        return (
+            f"factory synthesize --recipe {args.recipe} --generator GENERATOR --segmenter {args.out} --real {args.real} "
+            "--num-requests 128 --out synthetic.lance"
+        )
     if args.part != "generator":
         return (
             f"factory synthesize --recipe {args.recipe} --generator GENERATOR --masks.checkpoint {args.out} "

@@ -25,6 +25,7 @@ from factory.synthesis.eroded_mask import ErodedMask
 from factory.training.masked_denoising import MaskedDenoising
 from factory.training.objectives import NoisePrediction
 from factory.training.region_attention import RegionAttention
+from factory.training.segmenter_stage import SegmenterStage
 from factory.training.settings import TrainingSettings
 from factory.training.sketch_perception import SketchPerception
 from factory.training.vae_stage import VAEStage
@@ -51,6 +52,7 @@ class Recipe:
         objectives: losses, summed with their weights.
         training: optimisation of the generator.
         vae_stage: how `factory train --part vae` fine-tunes the autoencoder.
+        segmenter_stage: how `factory train --part segmenter` trains the segmenter that judges synthetic images.
         masks: where requested masks come from; None where images have none.
         prompts: where prompts come from; also describes the training rows.
         backgrounds: real images into which the lesion is put; None where whole images are made.
@@ -67,6 +69,7 @@ class Recipe:
     objectives: tuple[Objective, ...] = (NoisePrediction(),)
     training: TrainingSettings
     vae_stage: VAEStage = VAEStage()
+    segmenter_stage: SegmenterStage = SegmenterStage()
     masks: Masks | None
     prompts: Prompts
     backgrounds: Backgrounds | None = None

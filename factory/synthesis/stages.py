@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from factory.curation.filters import FilterBatch, first_reasons
 from factory.curation.lesion_crops import embed_crops
+from factory.curation.mask_fidelity import FittedMaskFidelity
 from factory.diffusion.sampling import Sampling
 from factory.embedding import ImageEmbedder
 from factory.generators.latent_diffusion import LatentDiffusion
@@ -31,6 +32,9 @@ from factory.version import code_version
 from schemas.identity import random_generator
 from schemas.request import SynthesisPlan
 from schemas.sample import QuarantineReason, RejectReason, synthetic_schema
+
+if TYPE_CHECKING:
+    from factory.synthesis.resegmentation import Resegmenter
 
 _ERRORS = [pa.field("error", pa.string()), pa.field("error_reason", pa.string())]
 
@@ -265,12 +269,24 @@ class FinishSettings:
     num_threads: int | None = None
 
 
+def _resegmenter(settings: FinishSettings) -> "Resegmenter | None":
+    """The segmenter that a filter judges by, where one does."""
+    folders = {item.segmenter for item in settings.filters if isinstance(item, FittedMaskFidelity)}
+    if not folders:
+        return None
+    from factory.synthesis.resegmentation import Resegmenter
+
+    (folder,) = folders  # one gate per job
+    return Resegmenter(folder, device=settings.device)
+
+
 class FinishStage:
-    """Holds an embedder; embeds, scores, marks and encodes. Nothing is dropped: filters mark."""
+    """Holds an embedder, and a segmenter where a filter wants one; embeds, scores, marks and encodes. Nothing is dropped: filters mark."""
 
     def __init__(self, settings: FinishSettings) -> None:
         self.settings = settings
         self.embedder = settings.embedder.load(device=settings.device, num_threads=settings.num_threads)
+        self.resegmenter = _resegmenter(settings)
         self.schema = stream_schema(self.embedder.spec.dim)
 
     def __call__(self, pixels: pa.Table) -> pa.Table:
@@ -344,6 +360,7 @@ class FinishStage:
             labels=labels,
             embeddings=embeddings,
             crop_embeddings=self._embed_crops(images, masks),
+            segmented_masks=None if self.resegmenter is None else self.resegmenter.segment(images),
         )
         columns: dict[str, np.ndarray] = {}
         for item in self.settings.filters:

@@ -1,12 +1,13 @@
-"""Training what a recipe needs beside its generator: the VAE, the mask GAN, the mask DDPM.
+"""Training what a recipe needs beside its generator: the VAE, the mask GAN, the mask DDPM, a segmenter to judge images.
 
-They run in the generator's loop, and leave in their folder, beside the learning curve and the exact state:
+They leave in their folder, beside the learning curve and the exact state:
 
     vae             vae/ (diffusers AutoencoderKL) and vae.json; used by `--generator.vae OUT`
     mask_gan        model.safetensors and mask_model.json; used by `--masks.checkpoint OUT`
     mask_diffusion  the same
+    segmenter       tensors.safetensors, fitted.json and segmenter.json; used by `--segmenter OUT`
 
-`check_run` and its neighbours take any task, a generator's too. No torch until a run begins.
+The first three run in the generator's loop, the segmenter in that of the predictors. `check_run` and its neighbours take any task, a generator's too. No torch until a run begins.
 """
 
 import os
@@ -23,7 +24,9 @@ from factory.generators.mask_diffusion import DIFFUSION_KIND, MaskDDPM
 from factory.generators.mask_gan import GAN_KIND, MaskGAN
 from factory.generators.mask_training import MaskModelTraining
 from factory.imaging import TrainingRow, decode_rows
+from factory.predictors.segmenter_folder import SEGMENTER_MANIFEST, SEGMENTER_TENSORS
 from factory.training.run_identity import clear_run, read_identity, write_identity, write_json
+from factory.training.segmenter_stage import FOLDS_FOLDER, SegmenterStage
 from factory.training.settings import TrainingSettings
 from factory.training.task import (
     ROW_COLUMNS,
@@ -41,9 +44,16 @@ if TYPE_CHECKING:
     from factory.training.metrics import Observer
     from factory.training.world import World
 
-Part = Literal["generator", "vae", "mask_gan", "mask_diffusion"]
+Part = Literal["generator", "vae", "mask_gan", "mask_diffusion", "segmenter"]
 PARTS: tuple[str, ...] = get_args(Part)
 VAE_MANIFEST = "vae.json"
+MANIFESTS = {
+    "vae": VAE_MANIFEST,
+    "mask_gan": MASK_MANIFEST,
+    "mask_diffusion": MASK_MANIFEST,
+    "segmenter": SEGMENTER_MANIFEST,
+}
+"""The file that says that a part's run is finished."""
 NUM_PREVIEWS = 8
 MAX_HELD_OUT = 64
 
@@ -56,14 +66,14 @@ class PartTask:
         part: which.
         recipe: name, recorded with the weights.
         component: what is trained, with its settings.
-        generator: whose VAE is trained, at whose resolution; only read by the part "vae".
+        generator: whose VAE is trained, at whose resolution; only read by the parts "vae" and "segmenter".
         real, real_version: the real table and the version of it that is read.
         out: the run's folder, absolute.
     """
 
     part: Part
     recipe: str
-    component: VAEStage | MaskGAN | MaskDDPM
+    component: VAEStage | MaskGAN | MaskDDPM | SegmenterStage
     generator: LatentDiffusion
     real: str
     real_version: int
@@ -72,25 +82,41 @@ class PartTask:
     @property
     def settings(self) -> TrainingSettings:
         """Optimisation."""
+        if isinstance(self.component, SegmenterStage):
+            return _settings_of_fits(self.component)
         training = self.component.training
         return training if isinstance(training, TrainingSettings) else as_settings(training)
 
     @property
     def resolution(self) -> int:
         """Side of what is trained on, px."""
-        return (
-            self.generator.resolution if isinstance(self.component, VAEStage) else self.component.resolution
-        )
+        if isinstance(self.component, VAEStage):
+            return self.generator.resolution
+        if isinstance(self.component, SegmenterStage):
+            return self.component.size or self.generator.resolution
+        return self.component.resolution
 
     @property
     def manifest(self) -> Path:
         """The file that says the run is finished."""
-        return self.out / (VAE_MANIFEST if self.part == "vae" else MASK_MANIFEST)
+        return self.out / MANIFESTS[self.part]
 
 
 def as_settings(training: MaskModelTraining) -> TrainingSettings:
     values = {item.name: getattr(training, item.name) for item in fields(training)}
     return TrainingSettings(**values, weight_decay=0.0, prompt_dropout=0.0, mixed_precision="no")
+
+
+def _settings_of_fits(stage: SegmenterStage) -> TrainingSettings:
+    """What the job tells of the optimisation; the segmenter trains by its own `FitSettings`."""
+    return TrainingSettings(
+        max_steps=stage.total_steps,
+        batch_size=stage.fit.batch_size,
+        learning_rate=stage.fit.learning_rate,
+        warmup_steps=stage.fit.warmup_steps,
+        weight_decay=stage.fit.weight_decay,
+        seed=stage.seed,
+    )
 
 
 # ------------------------------------------------------------------------------------------ before the run
@@ -109,6 +135,11 @@ def check_run(task: TrainingTask | PartTask, num_workers: int) -> None:
         raise ValueError(
             f"--num-workers {num_workers}: the mask GAN trains in one process, since its curvature loss looks at the "
             "whole batch; leave --num-workers out (one GPU is ample for it)"
+        )
+    if task.part == "segmenter" and num_workers > 0:
+        raise ValueError(
+            f"--num-workers {num_workers}: the segmenter trains in one process; leave --num-workers out (one GPU is ample "
+            "for it)"
         )
     task.settings.check_world_size(num_workers)
     _check_table(task)
@@ -145,8 +176,8 @@ def _check_table(task: PartTask) -> None:
         )
     if task.part != "vae" and not table.count("split = 'train' AND mask IS NOT NULL"):
         raise ValueError(
-            f"--real {task.real}: no training row has a mask, so there is nothing for a mask model to learn; use a dataset "
-            "with masks, or a recipe that takes none (`factory recipes`)"
+            f"--real {task.real}: no training row has a mask, so there is nothing for --part {task.part} to learn; use a "
+            "dataset with masks, or a recipe that takes none (`factory recipes`)"
         )
 
 
@@ -168,6 +199,16 @@ def identity_of_run(task: TrainingTask | PartTask) -> dict[str, Any]:
         return identity_of(task)
     from factory.storage import open_table, real_digest
 
+    if isinstance(task.component, SegmenterStage):
+        table = open_table(task.real, version=task.real_version)
+        return {
+            "part": task.part,
+            "recipe": task.recipe,
+            "component": canonical(task.component),
+            "resolution": task.resolution,
+            "real": real_digest(table),
+            "validation": real_digest(table, ("val",)),
+        }
     training = canonical(task.component.training)
     del training["max_steps"]
     component = {name: value for name, value in canonical(task.component).items() if name != "training"}
@@ -197,9 +238,10 @@ def clear_any_run(out: Path) -> None:
     if not (out / "training.json").exists() and not (out / MANIFEST).exists():
         return
     clear_run(out)
-    if (out / "vae").is_dir():
-        shutil.rmtree(out / "vae")
-    for name in (VAE_MANIFEST, MASK_MANIFEST, WEIGHTS):
+    for name in ("vae", FOLDS_FOLDER):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for name in (*MANIFESTS.values(), WEIGHTS, SEGMENTER_TENSORS, "fitted.json"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -221,6 +263,8 @@ def train_run(
         from factory.training.run import train_generator
 
         return train_generator(task, identity, world, observer)
+    if isinstance(task.component, SegmenterStage):
+        return _train_segmenter(task, task.component, identity, world, observer)
     from factory.training.loop import train
     from factory.training.mixture import BatchSampler
 
@@ -249,14 +293,43 @@ def train_run(
     return result
 
 
+def _train_segmenter(
+    task: PartTask,
+    stage: SegmenterStage,
+    identity: Mapping[str, Any],
+    world: "World",
+    observer: "Observer | None",
+) -> "TrainingResult":
+    from factory.storage import class_names, open_table
+    from factory.training.segmenter_run import examples_of, train_segmenter
+
+    rows, held_out = _rows(task, "train"), _rows(task, "val")
+    names = class_names(open_table(task.real, version=task.real_version))
+    channels = 3 if 2 * sum(row.image.ndim == 3 for row in rows) > len(rows) else 1
+    write_identity(task.out, identity, finished_step=None)
+    result = train_segmenter(
+        stage,
+        examples_of(rows, names, channels),
+        examples_of(held_out, names, channels) if held_out else None,
+        task.out,
+        real=identity["real"],
+        device=world.device,
+        observer=observer,
+    )
+    write_identity(task.out, identity, finished_step=result.steps)
+    return result
+
+
 def _rows(task: PartTask, split: str) -> list[TrainingRow]:
-    """Decoded rows of a split at the part's resolution, in the order of image_id."""
+    """Decoded rows of a split at the part's resolution, in the order of image_id: those that the part can learn from."""
     from factory.storage import real_rows
 
     table = real_rows(task.real, splits=(split,), columns=ROW_COLUMNS, version=task.real_version)
     rows = decode_rows(table.sort_by("image_id"), task.resolution)
     if task.part == "vae":
         return rows
+    if task.part == "segmenter":
+        return [row for row in rows if row.mask is not None]
     return [row for row in rows if row.mask is not None and row.mask.any()]
 
 
@@ -315,6 +388,7 @@ def _make_learner(
             networks=task.component.networks(len(classes)),
         )
     else:
+        assert isinstance(task.component, MaskDDPM), task.part
         learner = MaskDDPMLearner(
             denoiser=task.component.network(len(classes)),
             lesions=lesions,
