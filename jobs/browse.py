@@ -41,9 +41,11 @@ def page(
     from factory.imaging import decode_png
     from factory.report import contact_sheet
     from factory.storage import open_table
+    from jobs.query import without_test_rows
 
     table = open_table(uri, tag=tag)
-    found = table.query(filter or None, limit=offset + limit).slice(offset)
+    shown, _ = without_test_rows(table, filter)
+    found = table.query(shown, limit=offset + limit).slice(offset)
     cells = []
     for row in found.to_pylist():
         mask = None if row["mask"] is None else decode_png(row["mask"])

@@ -79,6 +79,11 @@ VERBS = {
         about="which ratio of synthetic data, or which class-adaptive sampler, helps",
         resumes=True,
     ),
+    "evaluate": Verb(
+        module="jobs.evaluate",
+        about="compare with real images, judge once on the test split, write the report",
+        resumes=True,
+    ),
     "browse": Verb(module="jobs.browse", about="look through a table in a browser, on this machine only"),
     "maintain": Verb(module="jobs.maintain", about="compact a table, index it, remove old versions"),
     "submit": Verb(module="jobs.submit", about="run a verb on a Ray cluster, from this machine"),

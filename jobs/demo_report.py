@@ -353,13 +353,14 @@ def _split_table(rows: Rows) -> report.Grid:
     made = Counter(row["label_name"] for row in rows.synthetic)
     accepted = Counter(row["label_name"] for row in rows.accepted)
     lines: list[list[str | int | float]] = []
+    shown = [split for split in SPLITS if any(name == split for _, name in rows.split_counts)]
     for label in rows.labels:
-        splits = [rows.split_counts.get((label, split), 0) for split in SPLITS]
+        splits = [rows.split_counts.get((label, split), 0) for split in shown]
         lines.append([label, *splits, made[label], accepted[label]])
     return report.Grid(
         title="Counts",
         note="Splits keep near-duplicates and patients together. The test split is not looked at.",
-        header=("class", *(f"real {split}" for split in SPLITS), "synthetic", "accepted"),
+        header=("class", *(f"real {split}" for split in shown), "synthetic", "accepted"),
         rows=lines,
     )
 

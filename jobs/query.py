@@ -112,7 +112,7 @@ def run(args: Args) -> QueryResult:
         return QueryResult(
             uri=table.uri, version=table.version, matching=table.count(), rows=0, text=describe(table)
         )
-    filter, notes = _guarded(table, args.filter)
+    filter, notes = without_test_rows(table, args.filter)
     columns = [name.strip() for name in args.columns.split(",")] if args.columns else None
     vector, filter = (None, filter) if args.like is None else _like(table, args.like, filter)
     limit = TABLE_ROWS if args.limit is None and args.format == "table" and vector is None else args.limit
@@ -168,7 +168,7 @@ def _check(args: Args) -> None:
             raise FileNotFoundError(f"{Path(name).parent}: no such folder to write {Path(name).name} into")
 
 
-def _guarded(table: "Table", filter: str) -> tuple[str | None, list[str]]:
+def without_test_rows(table: "Table", filter: str) -> tuple[str | None, list[str]]:
     """The filter, and for tables of real images one that leaves the test split alone."""
     from factory.storage import whole_filter
 
@@ -189,7 +189,7 @@ def _like(table: "Table", like: str, filter: str | None) -> "tuple[np.ndarray, s
     key = next((name for name in _KEYS if name in table.schema.names), None)
     if key is None or not like or not all(c.isalnum() or c in "-_" for c in like):
         raise ValueError(f"--like {like!r} is neither an image file nor the id of a row of {table.uri}")
-    beginning, guard = f"starts_with({key}, '{like}')", _guarded(table, "")[0]
+    beginning, guard = f"starts_with({key}, '{like}')", without_test_rows(table, "")[0]
     where = beginning if guard is None else f"{beginning} AND {guard}"
     found = table.read([key, "embedding"], where, limit=2)
     if found.num_rows != 1:

@@ -2,10 +2,11 @@
 
 A value says nothing without the number of images, the features, and the same value between two halves of the real set
 (the floor): FID falls with N, and on small sets most of it is bias. Features come from the table's embedder, after the
-same resizer on both sides; grey images are replicated to three channels before it. LPIPS is left out, since its
-calibrated weights are not part of this package; MS-SSIM measures diversity without weights.
+same resizer on both sides; grey images are replicated to three channels before it. MS-SSIM measures diversity without
+weights; LPIPS (`factory.evaluation.lpips`) needs files of weights that are not part of this package.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -178,6 +179,7 @@ def fid(
     synthetic: np.ndarray,
     *,
     real_groups: Groups | None = None,
+    synthetic_groups: Groups | None = None,
     num_halves: int = 10,
     num_resamples: int = 100,
     seed: int = 0,
@@ -188,6 +190,7 @@ def fid(
         real,
         synthetic,
         real_groups=real_groups,
+        synthetic_groups=synthetic_groups,
         num_halves=num_halves,
         num_resamples=num_resamples,
         least_per_width=2,
@@ -200,6 +203,7 @@ def kid(
     synthetic: np.ndarray,
     *,
     real_groups: Groups | None = None,
+    synthetic_groups: Groups | None = None,
     num_halves: int = 10,
     num_resamples: int = 100,
     seed: int = 0,
@@ -210,6 +214,7 @@ def kid(
         real,
         synthetic,
         real_groups=real_groups,
+        synthetic_groups=synthetic_groups,
         num_halves=num_halves,
         num_resamples=num_resamples,
         seed=seed,
@@ -222,6 +227,7 @@ def with_floor(
     synthetic: np.ndarray,
     *,
     real_groups: Groups | None = None,
+    synthetic_groups: Groups | None = None,
     num_halves: int = 10,
     num_resamples: int = 100,
     level: float = 0.95,
@@ -234,6 +240,8 @@ def with_floor(
         metric: (real (N, D), synthetic (M, D)) to a number.
         real_groups: (N,) patient or near-duplicate group; halves and subsamples take whole groups, since twins
             in both halves would lower the floor. None only where each image is its own.
+        synthetic_groups: (M,) the real image that a synthetic one keeps pixels of, its own id otherwise; None where
+            none keeps any.
         num_halves: random halves behind the floor.
         num_resamples: subsamples behind the interval.
         least_per_width: a caution is written where a set has at most this many images per feature.
@@ -248,7 +256,7 @@ def with_floor(
     interval = subsample_interval(
         lambda one, two: metric(real[one], synthetic[two]),
         groups,
-        np.arange(len(synthetic)),
+        np.arange(len(synthetic)) if synthetic_groups is None else np.asarray(synthetic_groups),
         level=level,
         num_resamples=num_resamples,
         seed=seed,
@@ -280,14 +288,22 @@ def manifold_with_floor(
     *,
     k: int = 5,
     real_groups: Groups | None = None,
+    synthetic_groups: Groups | None = None,
     num_halves: int = 10,
     num_resamples: int = 100,
     seed: int = 0,
 ) -> dict[str, Distance]:
     """Each number of `manifold` by name with its floor (here the value a perfect generator gets) and interval."""
+    known: dict[bytes, Manifold] = {}  # the four numbers are asked for on the same halves
+
+    def both(one: np.ndarray, two: np.ndarray) -> Manifold:
+        key = b"".join(hashlib.blake2b(np.ascontiguousarray(x).tobytes()).digest() for x in (one, two))
+        if key not in known:
+            known[key] = manifold(one, two, k=k)
+        return known[key]
 
     def part(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-        return lambda one, two: float(getattr(manifold(one, two, k=k), name))
+        return lambda one, two: float(getattr(both(one, two), name))
 
     return {
         name: with_floor(
@@ -295,6 +311,7 @@ def manifold_with_floor(
             real,
             synthetic,
             real_groups=real_groups,
+            synthetic_groups=synthetic_groups,
             num_halves=num_halves,
             num_resamples=num_resamples,
             seed=seed,

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,6 +68,76 @@ def similarity_histogram(synthetic: np.ndarray, real: np.ndarray, *, xlabel: str
             values, bins.tolist(), weights=weights, color=colour, alpha=0.55, label=f"{name} ({len(values)})"
         )
     axes.legend(frameon=False, labelcolor=_INK, loc="upper left")
+    return figure
+
+
+def forest_plot(
+    names: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    *,
+    xlabel: str,
+    highlight: str = "",
+) -> "Figure":
+    """Differences with their intervals, one line per name, and a line at zero.
+
+    Args:
+        highlight: the name drawn in the second colour.
+    """
+    figure, axes = _axes(8.4, 0.9 + 0.34 * len(names), xlabel, "")
+    axes.grid(axis="y", visible=False)
+    axes.axvline(0, color=_INK, linewidth=0.8, alpha=0.6)
+    for place, (name, value, (low, high)) in enumerate(zip(names, values, intervals, strict=True)):
+        colour = _SECOND if name == highlight else _ACCENT
+        axes.plot([low, high], [-place, -place], color=colour, linewidth=2.0)
+        axes.plot([value], [-place], color=colour, marker="s", markersize=6)
+    axes.set_yticks([-place for place in range(len(names))], list(names))
+    axes.set_ylim(-len(names) + 0.4, 0.6)
+    return figure
+
+
+def reliability_diagram(curves: Mapping[str, Sequence[tuple[float, float]]]) -> "Figure":
+    """Accuracy over confidence, one line per name; on the diagonal a model is as often right as it says.
+
+    Args:
+        curves: name → (confidence, accuracy) of bins; at most three are drawn.
+    """
+    figure, axes = _axes(5.6, 4.2, "confidence", "accuracy")
+    axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, alpha=0.6, linestyle="--")
+    styles = ((_ACCENT, "-"), (_SECOND, "-"), (_INK, ":"))
+    for (name, points), (colour, style) in zip(curves.items(), styles):
+        x, y = zip(*points)
+        axes.plot(x, y, color=colour, linestyle=style, marker="o", markersize=4, label=name)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False, labelcolor=_INK, loc="upper left")
+    return figure
+
+
+def ratio_curve(
+    ratios: Sequence[float],
+    means: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    *,
+    ylabel: str,
+    chosen: float | None = None,
+) -> "Figure":
+    """A score over synthetic rows per real row, with intervals; 0 is real data only.
+
+    Args:
+        ratios: finite, in increasing order.
+        chosen: the ratio to mark.
+    """
+    figure, axes = _axes(8.4, 3.2, "synthetic rows per real row", ylabel)
+    axes.set_xscale("symlog", base=2, linthresh=0.25)
+    low, high = zip(*intervals)
+    axes.fill_between(ratios, low, high, color=_ACCENT, alpha=0.18, linewidth=0)
+    axes.plot(ratios, means, color=_ACCENT, linewidth=2.0, marker="o", markersize=4.5)
+    for ratio, mean in zip(ratios, means):
+        if ratio == chosen:
+            axes.plot([ratio], [mean], color=_SECOND, marker="D", markersize=9, linestyle="", label="chosen")
+            axes.legend(frameon=False, labelcolor=_INK)
+    axes.set_xticks(list(ratios), [f"{ratio:g}" for ratio in ratios])
     return figure
 
 

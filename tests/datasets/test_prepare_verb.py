@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from factory.datasets.phantom import PhantomConfig, phantom_sample
-from factory.storage import class_names, open_table
+from factory.storage import TestAccess, class_names, open_table
 from jobs import prepare
 from jobs.cli import main
 
@@ -20,6 +20,9 @@ def _folder(root: Path, count: int = 16) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     return root
+
+
+WHOLE = TestAccess(opened_by="tests", reason="the whole table")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def phantom_table(tmp_path_factory: pytest.TempPathFactory, store: str) -> prepa
 
 
 def test_the_table_says_all_about_itself(phantom_table: prepare.PrepareResult) -> None:
-    table = open_table(phantom_table.uri)
+    table = open_table(phantom_table.uri, test_access=WHOLE)
     assert table.count() == 30 and class_names(table) == ("benign", "malignant")
     metadata = table.metadata
     assert json.loads(metadata["embedder"])["name"] == "tiny"
@@ -58,7 +61,8 @@ def test_the_table_says_all_about_itself(phantom_table: prepare.PrepareResult) -
 def test_the_same_command_makes_the_same_rows(phantom_table: prepare.PrepareResult, tmp_path: Path) -> None:
     again = prepare.run(prepare.Args(layout="phantom", out=str(tmp_path / "b.lance"), num_images=30, seed=4))
     columns = ["image_id", "group_id", "split", "label", "image", "mask", "source_path"]
-    assert open_table(phantom_table.uri).read(columns).equals(open_table(again.uri).read(columns))
+    first = open_table(phantom_table.uri, test_access=WHOLE).read(columns)
+    assert first.equals(open_table(again.uri, test_access=WHOLE).read(columns))
     more = prepare.run(prepare.Args(layout="phantom", out=str(tmp_path / "c.lance"), num_images=40, seed=4))
     first = open_table(more.uri).read(["image_id"], limit=30)
     assert first.equals(open_table(phantom_table.uri).read(["image_id"]))

@@ -6,7 +6,7 @@ from layout_fixtures import FIXTURES, bus_bra, ddti
 
 from factory.datasets.layout import ListingOptions
 from factory.datasets.layouts import LAYOUTS
-from factory.storage import class_names, open_table
+from factory.storage import TestAccess, class_names, open_table
 from jobs import datasets, prepare
 
 
@@ -64,7 +64,7 @@ def test_prepare_end_to_end(
         bus_bra(tmp_path / "d", num_cases=12) if name == "bus_bra" else ddti(tmp_path / "d", num_cases=15)
     )
     result = prepare.run(prepare.Args(layout=name, path=str(folder), out=str(tmp_path / "real.lance")))
-    table = open_table(result.uri)
+    table = open_table(result.uri, test_access=TestAccess(opened_by="tests", reason="the whole table"))
     layout = LAYOUTS[name]
     assert table.metadata["licence"] == layout.licence and table.metadata["allowed_use"] == layout.allowed_use
     assert table.metadata["citation"] == layout.citation and json.loads(table.metadata["quarantined"]) == []

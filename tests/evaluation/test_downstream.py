@@ -140,13 +140,12 @@ def test_segmentation_is_scored_at_native_size(tmp_path: Path) -> None:
     rows = pictures("test", (3, 3), 3, native=True)
     assert rows.native is not None
     empty = NativeTruth(letterbox=Letterbox(height=24, width=24, size=24), mask=np.zeros((24, 24), np.uint8))
-    truths = rows.native
     # At twice the size, the predictor sees what it saw, and the truth is native.
     large = NativeTruth(
         letterbox=Letterbox(height=48, width=48, size=24),
         mask=np.kron(rows.native[1].mask, np.ones((2, 2), np.uint8)), pixel_spacing=0.5,
     )  # fmt: skip
-    rows = replace(rows, native=(empty, large, *rows.native[2:]))
+    truths = (empty, large, *rows.native[2:])
 
     def widened(part: Any) -> Any:
         return replace(part, images=np.pad(part.images, ((0, 0), (4, 4), (4, 4), (0, 0))),

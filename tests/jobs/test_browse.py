@@ -20,7 +20,8 @@ def test_a_page_shows_pictures_captions_and_rows(real_table: str) -> None:
 
 
 def test_pages_follow_each_other(real_table: str) -> None:
-    count = open_table(real_table).count()
+    count = open_table(real_table).count("split <> 'test'")
+    assert 25 < count < open_table(real_table).count()
     pages = [page(real_table, "", offset, 25) for offset in range(0, count, 25)]
     ids = [json.loads(text)["image_id"] for cells in pages for *_, text in cells]
     assert len(ids) == len(set(ids)) == count

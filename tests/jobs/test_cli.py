@@ -49,13 +49,17 @@ def test_every_verb_is_there() -> None:
         "query",
         "reproduce",
         "browse",
+        "explore",
+        "evaluate",
+        "submit",
+        "jobs",
         "recipes",
         "demo",
         "doctor",
     ]
     assert set(names) <= set(cli.VERBS)
     for verb in cli.VERBS.values():
-        assert (Path(cli.__file__).parent / f"{verb.module.removeprefix('jobs.')}.py").is_file()
+        assert (Path(cli.__file__).parents[1] / f"{verb.module.replace('.', '/')}.py").is_file()
 
 
 @pytest.mark.parametrize(

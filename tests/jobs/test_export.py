@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "export"))
 from export_tables import write_real, write_synthetic
 
-from factory.storage import open_table
+from factory.storage import TestAccess, open_table
 from jobs import export
 from jobs.export import Args, command, portable_command, run
 
@@ -68,7 +68,7 @@ def test_real_images_in_colour_follow_the_synthetic_ones_where_one_kind_is_wante
     from factory.storage import write_table
 
     synthetic, real = tables
-    table = open_table(real)
+    table = open_table(real, test_access=TestAccess(opened_by="tests", reason="a copy of the table"))
     rows = table.read().to_pylist()
     first = next(row for row in rows if row["split"] == "train")
     colour = np.zeros((first["height"], first["width"], 3), np.uint8)

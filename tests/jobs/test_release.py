@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "export"))
 from export_tables import write_real, write_synthetic
 
-from factory.storage import open_table
+from factory.storage import TestAccess, open_table
 from jobs.cli import main
 
 HONEST = {"verdict": "not detected", "p_value": 0.4}
@@ -84,7 +84,7 @@ def test_an_unknown_licence_and_an_uncurated_table_are_obstacles(
     from factory.storage import write_table
 
     synthetic, real = write_synthetic(tmp_path, curated=False), write_real(tmp_path)
-    table = open_table(real)
+    table = open_table(real, test_access=TestAccess(opened_by="tests", reason="a copy of the table"))
     rows = [row | {"allowed_use": "unknown"} for row in table.read().to_pylist()]
     unknown = str(tmp_path / "unknown.lance")
     write_table(
