@@ -46,7 +46,7 @@ class ArmResult:
         p_value: two-sided, of the same variance over seeds and groups as the interval.
         adjusted_p: after Holm over all arms but the primary one, whose p-value needs no correction; None for the
             reference.
-        oracle_fraction: share of the oracle's gain recovered; None without an oracle that gains.
+        oracle_fraction: share of the oracle's gain recovered; None without an oracle that surely gains.
         other: every other metric, averaged over seeds.
         subgroups: by class, lesion size and what the caller named.
     """
@@ -157,7 +157,8 @@ def compare(
         found.append((arm, _estimate(scores, metric, arm, draws).interval, difference))
         progress(1)
     adjusted = _adjusted({arm.name: d.p_value for arm, _, d in found if d is not None}, primary)
-    oracle = next((value.value for arm, value, _ in found if arm.kind == "oracle"), None)
+    gains = [d.interval for arm, _, d in found if arm.kind == "oracle" and d is not None]
+    oracle = real_gain(gains[0]) if gains else None
     real = next(value.value for arm, value, _ in found if arm.name == reference)
     of_primary = next(difference for arm, _, difference in found if arm.name == primary)
     assert of_primary is not None  # the primary arm is not the reference
@@ -168,7 +169,9 @@ def compare(
             difference=None if difference is None else difference.interval,
             p_value=None if difference is None else difference.p_value,
             adjusted_p=adjusted.get(arm.name),
-            oracle_fraction=_fraction(arm, real, value.value, oracle, reference),
+            oracle_fraction=None
+            if oracle is None or arm.name == reference or arm.kind == "oracle"
+            else oracle_fraction(real, value.value, real + oracle),
             other=_other_metrics(scores, arm),
             subgroups=_subgroups(scores, base, arm, draws, with_interval=arm.name == primary),
         )
@@ -245,10 +248,9 @@ def _adjusted(p_values: Mapping[str, float], primary: str) -> dict[str, float]:
     return adjusted
 
 
-def _fraction(arm: Arm, real: float, value: float, oracle: float | None, reference: str) -> float | None:
-    if oracle is None or arm.name == reference or arm.kind == "oracle":
-        return None
-    return oracle_fraction(real, value, oracle)
+def real_gain(difference: Interval) -> float | None:
+    """What as many more real images gain, where the interval leaves no doubt that they do: shares of less mean nothing."""
+    return difference.value if difference.low > 0 else None
 
 
 def _other_metrics(scores: Scores, arm: Arm) -> dict[str, float]:

@@ -210,8 +210,8 @@ def run_arms(
     runs = plan_runs(arms, sorted(synthetic), task_seeds)
     notes = check_runs(runs, sources)
     predictor.build(real.num_classes, real.channels, real.size)  # refuses what cannot be built at this size
-    content = _content(sources)
-    names = {run: _fingerprint(run, predictor, settings, content) for run in runs}
+    content = content_digests(sources)
+    names = {run: run_fingerprint(run, predictor, settings, content) for run in runs}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     found: dict[ArmRun, dict[str, Any]] = {}
@@ -318,7 +318,7 @@ def _key(run: ArmRun) -> tuple[str, int | None, int]:
     return run.arm.name, run.generator_seed, run.task_seed
 
 
-def _content(sources: Sources) -> dict[str, str]:
+def content_digests(sources: Sources) -> dict[str, str]:
     """Digest of every part's pixels, labels and masks."""
     parts = {
         "real": sources.real,
@@ -332,10 +332,13 @@ def _content(sources: Sources) -> dict[str, str]:
     return {name: part.content_digest() for name, part in parts.items() if part is not None}
 
 
-def _fingerprint(
-    run: ArmRun, predictor: "Predictor", settings: "FitSettings", content: Mapping[str, str]
+def run_fingerprint(
+    run: ArmRun, predictor: "Predictor", settings: "FitSettings", content: Mapping[str, str], scope: str = ""
 ) -> str:
-    """Of everything that decides the run; parts that the arm does not touch do not enter."""
+    """Of everything that decides the run; parts that the arm does not touch do not enter.
+
+    `scope` keeps apart runs that store other things under their fingerprint.
+    """
     needed = {"real", "evaluation", "validation"}
     if run.arm.kind == "oracle":
         needed.add("reserve")
@@ -349,7 +352,7 @@ def _fingerprint(
         "settings": canonical(settings),
         "content": {name: digest for name, digest in content.items() if name in needed},
     }
-    return hash_parts(json.dumps(what, sort_keys=True))
+    return hash_parts(scope, json.dumps(what, sort_keys=True))
 
 
 def _read_back(out: Path, name: str) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ What the models say of the opened rows is written down before anything is comput
 judgement goes on, and a report can be made again, without opening them a second time.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from factory.evaluation.arms import Arm
-from factory.evaluation.downstream import ArmRun, Executor, Sources, check_runs, judge, plan_runs
+from factory.evaluation.downstream import (
+    ArmRun,
+    Executor,
+    Sources,
+    check_runs,
+    content_digests,
+    judge,
+    plan_runs,
+    run_fingerprint,
+)
 from factory.evaluation.leakage import check_disjoint
 from factory.evaluation.scores import Scores, lesion_shares
 from factory.predictors.examples import Examples
-from schemas.identity import canonical, hash_parts
+from schemas.identity import hash_parts
 
 if TYPE_CHECKING:
     from factory.predictors.fitted import Predictor
@@ -75,35 +83,11 @@ class Comparison:
 
     def names(self) -> dict[ArmRun, str]:
         """Fingerprint of every training: of all that decides its weights, the held-out ids included."""
-        content = _content(self.sources)
-        return {run: _fingerprint(run, self, content) for run in self.runs()}
-
-
-def _content(sources: Sources) -> dict[str, str]:
-    parts: dict[str, Examples | None] = {
-        "real": sources.real, "held out": sources.evaluation, "validation": sources.validation,
-        "reserve": sources.reserve,
-    }  # fmt: skip
-    for kind in ("synthetic", "ungated", "round_trip"):
-        parts |= {f"{kind} {seed}": part for seed, part in getattr(sources, kind).items()}
-    return {name: part.content_digest() for name, part in parts.items() if part is not None}
-
-
-def _fingerprint(run: ArmRun, comparison: Comparison, content: Mapping[str, str]) -> str:
-    needed = {"real", "held out", "validation"}
-    if run.arm.kind == "oracle":
-        needed.add("reserve")
-    if run.arm.uses_generator:
-        kind = {"ungated": "ungated", "vae_round_trip": "round_trip"}.get(run.arm.kind, "synthetic")
-        needed.add(f"{kind} {run.generator_seed}")
-    what = {
-        "arm": canonical(run.arm),
-        "task_seed": run.task_seed,
-        "predictor": canonical(comparison.predictor),
-        "settings": canonical(comparison.settings),
-        "content": {name: digest for name, digest in content.items() if name in needed},
-    }
-    return hash_parts("final test", json.dumps(what, sort_keys=True))
+        content = content_digests(self.sources)
+        return {
+            run: run_fingerprint(run, self.predictor, self.settings, content, "final test")
+            for run in self.runs()
+        }
 
 
 def comparison_fingerprint(names: Mapping[ArmRun, str], primary: str) -> str:
