@@ -28,10 +28,11 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 demo: setup
 	$(BIN)/factory demo
 
-# Two halves at once: what starts Ray mostly waits, the rest computes.
+# Two halves at once: what starts Ray mostly waits, the rest computes. The faults of several nodes are for `make soak`.
 SLOW_TESTS := tests/jobs tests/cluster
+FAULT_TESTS := tests/cluster/test_faults.py
 test: setup
-	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu" $(SLOW_TESTS) > $$log 2>&1 & slow=$$!; \
+	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu" $(SLOW_TESTS) --ignore=$(FAULT_TESTS) > $$log 2>&1 & slow=$$!; \
 	$(BIN)/python -m pytest -m "not gpu" tests $(SLOW_TESTS:%=--ignore=%); rest=$$?; \
 	wait $$slow; slow=$$?; cat $$log; rm -f $$log; exit $$((rest | slow))
 
@@ -47,7 +48,10 @@ bench: setup
 	$(BIN)/python benchmarks/overhead.py
 
 soak: setup
-	FACTORY_KILL_RUNS=200 $(BIN)/python -m pytest tests/storage -k kill
+	FACTORY_KILL_RUNS=200 $(BIN)/python -m pytest tests/storage/test_kills.py
+	$(BIN)/python -m pytest $(FAULT_TESTS)
+	$(BIN)/python benchmarks/fault_campaign.py --runs 20
+	$(BIN)/python benchmarks/soak.py --minutes 30
 
 lock: setup
 	$(COMPILE) pyproject.toml --extra cpu -o requirements/cpu.txt

@@ -7,7 +7,7 @@ records; the driver alone commits.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,7 @@ import pyarrow.compute as pc
 from factory.synthesis.stages import (
     ACCOUNTS,
     FinishSettings,
-    FinishStage,
     RequestStage,
-    SynthesisStage,
     SynthesizerSettings,
 )
 from jobs.observing import Stage
@@ -115,7 +113,7 @@ class _SynthesisActor:
         from factory.storage import IntentLog
 
         intents = IntentLog(uri, plan.plan_id, max_tries=max_tries, storage_options=storage_options)
-        self.stage = SynthesisStage(settings, plan, intents)
+        self.stage = settings.stage(plan, intents)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.stage(batch)
@@ -123,7 +121,7 @@ class _SynthesisActor:
 
 class _FinishActor:
     def __init__(self, settings: FinishSettings) -> None:
-        self.stage = FinishStage(settings)
+        self.stage = settings.stage()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.stage(batch)
@@ -239,7 +237,7 @@ def stream(
     uri: str,
     run_id: str,
     storage_options: Mapping[str, str],
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Run the stream over the missing requests; yields what `write_rows` returns, as it comes."""
     import ray
 

@@ -7,6 +7,7 @@ Running the same command again after any interruption makes what is missing, not
 adds rows to the same plan. `--plan` prints what would be done and checks it without starting.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -182,17 +183,23 @@ def _make(
     log = log_file(args.out, run_id)
     observer = StreamObserver("synthesize", len(missing), stages(settings), log=log, lines=lines)
     begin = time.perf_counter()
-    with observing(observer), progress_bar("synthesize", len(missing)) as advance:
-        for row in stream(
-            missing,
-            prepared.request_stage,
-            synthesizer,
-            finish,
-            settings,
-            uri=args.out,
-            run_id=run_id,
-            storage_options=resolve_options(None),
-        ):
+    stream_rows = stream(
+        missing,
+        prepared.request_stage,
+        synthesizer,
+        finish,
+        settings,
+        uri=args.out,
+        run_id=run_id,
+        storage_options=resolve_options(None),
+    )
+    # Closed here, after an error too: a stream that ends after Ray did would start another.
+    with (
+        contextlib.closing(stream_rows) as rows,
+        observing(observer),
+        progress_bar("synthesize", len(missing)) as advance,
+    ):
+        for row in rows:
             accounts.first_batch = min(accounts.first_batch, row["started"] or accounts.first_batch)
             if row["record"]:
                 committer.add(FragmentRecord.from_json(row["record"]))

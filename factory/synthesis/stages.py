@@ -171,6 +171,10 @@ class SynthesizerSettings:
     compile: bool = False
     num_threads: int | None = None
 
+    def stage(self, plan: SynthesisPlan, intents: Intents | None = None) -> "SynthesisStage":
+        """The stage, loaded where it is to run."""
+        return SynthesisStage(self, plan, intents)
+
 
 class SynthesisStage:
     """Holds a Synthesizer; turns requests into raw pixels."""
@@ -267,6 +271,10 @@ class FinishSettings:
     licence: str
     device: str = "cpu"
     num_threads: int | None = None
+
+    def stage(self) -> "FinishStage":
+        """The stage, loaded where it is to run."""
+        return FinishStage(self)
 
 
 def _resegmenter(settings: FinishSettings) -> "Resegmenter | None":
