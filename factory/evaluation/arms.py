@@ -227,7 +227,7 @@ def first_of_each_class(pool: Examples, wanted: np.ndarray, name: str) -> Exampl
     for label in np.flatnonzero(have < wanted).tolist():
         raise ValueError(
             f"{name}: wants {wanted[label]} row(s) of class {pool.class_names[label]}, there are {have[label]}; "
-            "make more, or ask for less"
+            "make more, ask for less, or leave the class out with --per-class"
         )
     place = np.zeros(len(pool), np.int64)
     for label in range(pool.num_classes):
