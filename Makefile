@@ -1,9 +1,9 @@
 # make setup   create .venv and install the pinned, hashed requirements and the project
 # make demo    the whole main job on procedural ultrasound; prints the path of a report
-# make test    every test that needs no GPU
+# make test    every test but the long ones and those for a GPU
 # make lint    format, lint, types, known vulnerabilities of the pinned packages
 # make bench   benchmarks at tiny width, results in benchmarks/results/
-# make soak    long fault campaigns, outside CI
+# make soak    long tests and fault campaigns, outside CI
 # make lock    resolve the requirements again
 
 PYTHON ?= python3
@@ -32,8 +32,8 @@ demo: setup
 SLOW_TESTS := tests/jobs tests/cluster
 FAULT_TESTS := tests/cluster/test_faults.py
 test: setup
-	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu" $(SLOW_TESTS) --ignore=$(FAULT_TESTS) > $$log 2>&1 & slow=$$!; \
-	$(BIN)/python -m pytest -m "not gpu" tests $(SLOW_TESTS:%=--ignore=%); rest=$$?; \
+	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu and not soak" $(SLOW_TESTS) --ignore=$(FAULT_TESTS) > $$log 2>&1 & slow=$$!; \
+	$(BIN)/python -m pytest -m "not gpu and not soak" tests $(SLOW_TESTS:%=--ignore=%); rest=$$?; \
 	wait $$slow; slow=$$?; cat $$log; rm -f $$log; exit $$((rest | slow))
 
 lint: setup
@@ -49,6 +49,7 @@ bench: setup
 
 soak: setup
 	FACTORY_KILL_RUNS=200 $(BIN)/python -m pytest tests/storage/test_kills.py
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m pytest $(FAULT_TESTS)
 	$(BIN)/python benchmarks/fault_campaign.py --runs 20
 	$(BIN)/python benchmarks/soak.py --minutes 30

@@ -158,7 +158,7 @@ def make_synthetic(args: argparse.Namespace, rows: Examples, cell: Cell, folder:
     train.run(
         train.Args(recipe="tiny", real=real_uri, out=generator, max_steps=args.generator_steps, num_workers=0)
     )
-    wanted = dict(zip(names, (3 * cell.counts).tolist()))
+    wanted = dict(zip(names, (4 * cell.counts).tolist()))  # the gate may take more than half of one class
     synthesize.run(
         synthesize.Args(
             recipe="tiny",

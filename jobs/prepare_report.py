@@ -16,8 +16,8 @@ def counts_table(summary: Summary) -> Table:
     title = f"{summary.dataset}: {summary.num_images} images, {summary.unit}"
     table = Table(title=title, title_justify="left")
     table.add_column("class")
-    shown = [split for split in SPLITS if any(splits.get(split) for splits in summary.counts.values())]
-    for split in shown:
+    present = [split for split in SPLITS if any(splits.get(split) for splits in summary.counts.values())]
+    for split in present:
         table.add_column(split, justify="right")
     for heading in ("total", "lesion area % (min / median / max)", "empty masks", "with marks"):
         table.add_column(heading, justify="right")
@@ -26,7 +26,7 @@ def counts_table(summary: Summary) -> Table:
         shown = f"{100 * area[0]:.1f} / {100 * area[2]:.1f} / {100 * area[4]:.1f}" if area else "–"
         table.add_row(
             name,
-            *(str(splits.get(split, 0)) for split in shown),
+            *(str(splits.get(split, 0)) for split in present),
             str(sum(splits.values())),
             shown,
             str(summary.num_empty_masks[name]),

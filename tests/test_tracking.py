@@ -320,7 +320,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowSe
     server.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_that_is_started_late_and_dies_for_a_while_loses_nothing(
     server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

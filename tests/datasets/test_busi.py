@@ -79,6 +79,7 @@ def test_pairs_verified_by_eye_are_in_one_split(prepared: PreparedDataset) -> No
     assert len(apart["examination"]) <= 6, apart
 
 
+@pytest.mark.soak
 def test_an_independent_detector_finds_no_pair_across_splits(
     prepared: PreparedDataset, found: list[Keypoints]
 ) -> None:

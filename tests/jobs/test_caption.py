@@ -116,7 +116,7 @@ def test_expand_adds_new_captions_per_class_and_replaces_earlier_ones(
     assert sum(c.kind == "expanded" for c in captions) == 6 and sum(c.kind == "real" for c in captions) == 24
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_vision_language_model_over_ray_and_a_language_model(
     real: str, base: str, tmp_path: Path, ray_local: None
 ) -> None:

@@ -53,6 +53,7 @@ def test_the_verb_searches_records_and_answers(
     assert parent[0].data.tags["chosen"] == "synthetic 4×"
 
 
+@pytest.mark.soak
 def test_vectors_are_suggested_with_real_data_only_among_them(
     folder: Path, ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

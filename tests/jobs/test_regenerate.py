@@ -64,6 +64,7 @@ def args_of(folder: Path, real_table: str, generator_folder: Path, segmenter: st
     )
 
 
+@pytest.mark.soak
 def test_every_rejected_request_is_tried_k_times_more_and_the_sum_is_right(
     tmp_path: Path, real_table: str, generator_folder: Path, segmenter: str
 ) -> None:

@@ -154,7 +154,7 @@ def test_jobs_are_listed_with_status_logs_and_the_exit_status_of_a_failure(
     assert unknown.returncode == 2 and "factory jobs list" in unknown.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_interrupt_leaves_the_job_and_stop_ends_it(shell: Shell, real_table: str) -> None:
     argv = f"--recipe tiny --real {real_table} --out long --max-steps 100000 --num-workers 0 --no-use-gpu".split()

@@ -154,7 +154,7 @@ def test_refusals_come_before_any_work(args: Args, base: Path) -> None:
     assert Path("foreign/notes.txt").read_text() == "mine" and not Path("out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_two_ray_workers_train_the_vae_as_one_process_does(args: Args, base: Path, ray_local: None) -> None:
     given = ("--generator.base", str(base), *VAE)

@@ -38,7 +38,7 @@ def learn_once(network: nn.Module, inputs: torch.Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_every_classifier_learns_at_64_px(architecture: str, channels: int) -> None:
     network = Classifier(architecture=architecture).build(2, channels, 64)
     if channels == 3:

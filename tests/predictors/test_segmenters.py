@@ -33,14 +33,14 @@ def check(predictor: Segmenter, size: int, channels: int) -> int:
 
 
 @pytest.mark.parametrize("architecture", BY_WIDTH)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_networks_by_width_learn_at_64_px(architecture: str, channels: int) -> None:
     check(Segmenter(architecture=architecture, width=4), 64, channels)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "encoder"), ON_ENCODERS)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_networks_on_encoders_learn_at_64_px(architecture: str, encoder: str, channels: int) -> None:
     check(Segmenter(architecture=architecture, encoder=encoder), 64, channels)
 

@@ -101,7 +101,7 @@ def test_faithful_images_stay_and_shuffled_masks_go(folder: Path) -> None:
     assert faithful >= 0.9 and shuffled < 0.3, (faithful, shuffled)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_faithful_phantoms_stay_and_shuffled_masks_go(tmp_path: Path) -> None:
     """The same on ultrasound phantoms, where lesions are hard to see: the gate of a good segmenter."""
     stage = small_stage(num_steps=300)

@@ -258,7 +258,7 @@ sys.exit(command(["ratio", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_search_goes_on_to_the_same_trials(folder: Path, tmp_path: Path) -> None:
     words = [
         "--real", str(folder / "real.lance"), "--synthetic", str(folder / "good.lance"), "--task", "classification",
