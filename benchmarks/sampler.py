@@ -6,10 +6,10 @@
 
 bandit    A simulated task whose score is linear in the counts, plus noise as of a small validation set: what the
           policies reach in the paper's 30 epochs of 3 episodes, without training anything.
-planted   A small classifier on a long tail of phantoms; the synthetic images of one class show other classes. Where
-          does its count end?
-phantom   The same with good synthetic images, test phantoms, and every policy at equal compute: learned (the paper's
-          setting, and one that moves), random actions, fixed counts, none.
+planted   A small classifier on a long tail of phantoms; the synthetic images of one class show the other. Where does
+          its count end, and what do test phantoms say of every policy at equal compute: learned (the paper's setting,
+          and ones that move), random actions, fixed counts, none?
+phantom   The same with good synthetic images.
 
 Every search lies in a folder below --out and is resumed there.
 """
@@ -53,6 +53,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
 }
 """The paper's rate and reward; two rates that move the policy, with rewards standardised within the epoch; ablations."""
+
+TEST_SCORES = ("auc", "macro_f1", "balanced_accuracy", "brier")
 
 
 def sampler_settings(args: argparse.Namespace, arm: str, seed: int, **changes: Any) -> SamplerSettings:
@@ -173,71 +175,53 @@ def rows_of(args: argparse.Namespace, seed: int) -> tuple[Examples, Examples, Ex
     return real, synthetic, validation
 
 
-def planted(args: argparse.Namespace) -> dict[str, Any]:
-    """Count of the class with wrong labels over the last quarter of the epochs, for each class in turn."""
-    results: dict[str, Any] = {}
-    for arm in ("learned_lr.2", "learned_lr.05", "random"):
-        ends, others = [], []
-        for seed in range(args.seeds):
-            bad = seed % 2
-            real, synthetic, validation = rows_of(args, seed)
-            data = make_search_data(real, with_wrong_labels(synthetic, bad), validation, seed=seed)
-            settings = sampler_settings(args, arm, seed, same_episode_seed=args.same_episode_seed)
-            search = SamplerSearch(settings, training(args), data, folder_of(args, "planted", arm, seed))
-            for _ in run_searches({arm: search}):
-                pass
-            tail = np.array([epoch.record.counts for epoch in search.epochs[-max(1, args.epochs // 4) :]])
-            ends.append(float(tail[:, bad].mean()))
-            others.append(float(np.delete(tail, bad, axis=1).mean()))
-            print(
-                f"planted: {arm} seed {seed}: bad class {ends[-1]:.1f}, others {others[-1]:.1f}", flush=True
-            )
-        results[arm] = {
-            "bad_class_count": ends,
-            "other_counts": others,
-            "seeds_at_floor": int(sum(count <= 1 for count in ends)),
-            "seeds": args.seeds,
-        }
-    return results
-
-
-def folder_of(args: argparse.Namespace, part: str, arm: str, seed: int) -> Path:
+def folder_of(args: argparse.Namespace, arm: str, seed: int) -> Path:
     """A folder that names what distinguishes searches; the search itself refuses any other difference."""
-    key = f"{part}-{args.size}px-{args.num_real}real-{args.epochs}x{args.episodes}x{args.steps}-{args.score}"
+    key = f"{args.part}-{args.size}px-{args.num_real}real-{args.epochs}x{args.episodes}x{args.steps}-{args.score}"
     return Path(args.out) / f"{key}{'-same' if args.same_episode_seed else ''}" / f"{arm}-{seed}"
 
 
-def phantom(args: argparse.Namespace) -> dict[str, Any]:
-    """Test scores of the kept classifier of every arm, paired by seed with random actions."""
-    scores: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+def trainings(args: argparse.Namespace) -> dict[str, Any]:
+    """Every arm on real trainings, paired by seed with random actions: test scores, counts, those of the bad class."""
+    is_planted = args.part == "planted"
+    tests: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     counts: dict[str, list[list[int]]] = {arm: [] for arm in ARMS}
+    last: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for seed in range(args.seeds):
         real, synthetic, validation = rows_of(args, seed)
+        if is_planted:
+            synthetic = with_wrong_labels(synthetic, seed % 2)
         test = phantoms(tail_config(args, balanced=False), 10 * seed + 4, 0, args.num_test, is_real=True)
         data = make_search_data(real, synthetic, validation, seed=seed)
         for arm in ARMS:
             same = args.same_episode_seed and ARMS[arm]["policy"] in ("learned", "random")
             settings = sampler_settings(args, arm, seed, same_episode_seed=same)
-            search = SamplerSearch(settings, training(args), data, folder_of(args, "phantom", arm, seed))
+            search = SamplerSearch(settings, training(args), data, folder_of(args, arm, seed))
             for _ in run_searches({arm: search}):
                 pass
-            report = classification_report(
-                test.labels, search.best().predict(test), train_counts=real.counts()
-            )
-            scores[arm].append({name: report[name] for name in ("auc", "macro_f1", "balanced_accuracy")})
+            probabilities = search.best().predict(test)
+            report = classification_report(test.labels, probabilities, train_counts=real.counts())
+            tests[arm].append({name: report[name] for name in TEST_SCORES})
             counts[arm].append(list(search.result()["best_counts"]))
+            quarter = search.epochs[-max(1, args.epochs // 4) :]
+            last[arm].append(np.mean([epoch.record.counts for epoch in quarter], axis=0).tolist())
             print(
-                f"phantom: seed {seed} {arm:<14} test AUC {report['auc']:.3f} counts {counts[arm][-1]}",
+                f"{args.part}: seed {seed} {arm:<14} test AUC {report['auc']:.3f}, Brier {report['brier']:.4f}; "
+                f"counts of the kept epoch {counts[arm][-1]}, of the last quarter {np.round(last[arm][-1], 1)}",
                 flush=True,
             )
-    return {
-        arm: {
-            "test": {name: [one[name] for one in scores[arm]] for name in scores[arm][0]},
+    results: dict[str, Any] = {}
+    for arm in ARMS:
+        results[arm] = {
+            "test": {name: [one[name] for one in tests[arm]] for name in TEST_SCORES},
             "best_counts": counts[arm],
-            "to_random": {name: _paired(scores, arm, name) for name in scores[arm][0]},
+            "last_quarter_counts": last[arm],
+            "to_random": {name: _paired(tests, arm, name) for name in TEST_SCORES},
         }
-        for arm in ARMS
-    }
+        if is_planted:
+            bad = [mean[seed % 2] for seed, mean in enumerate(last[arm])]
+            results[arm] |= {"bad_class_count": bad, "seeds_at_floor": sum(count <= 1 for count in bad)}
+    return results
 
 
 def _paired(scores: dict[str, list[dict[str, float]]], arm: str, name: str) -> dict[str, float] | None:
@@ -287,8 +271,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     started = time.perf_counter()
-    parts = {"bandit": bandit, "planted": planted, "phantom": phantom}
-    results = parts[args.part](args)
+    results = (bandit if args.part == "bandit" else trainings)(args)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "part", "width")}
     path = save("sampler", {"width": args.part, "network_width": args.width, **settings}, results, "cpu")
     print(json.dumps(results, indent=1))
