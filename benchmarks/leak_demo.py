@@ -161,7 +161,7 @@ def fine_tuned(
 
 def network(args: argparse.Namespace, rows: Examples) -> dict[str, Any]:
     """The whole network fine-tuned on each training part."""
-    predictor = Classifier(architecture=ARCHITECTURE, weights=args.weights, frozen_statistics=True)
+    predictor = Classifier(architecture=ARCHITECTURE, weights=args.weights)
     settings = FitSettings(num_steps=args.steps, batch_size=16, learning_rate=args.learning_rate)
     scores = {scheme: np.full((args.repeats, len(rows)), np.nan) for scheme in SCHEMES}
     folder = Path(args.out) / f"network-{args.size}px-{args.steps}steps-{args.learning_rate:g}"

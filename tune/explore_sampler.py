@@ -82,8 +82,6 @@ class Args:
     """timm architecture of the classifier, with options as in "mobilenetv2_100?pad_type=same&mean=0.5&std=0.5"."""
     weights: str | None = None
     """Local safetensors file of pretrained weights."""
-    frozen_statistics: bool = False
-    """Keep the batch normalisation of the weights: for weights whose normalisation was folded in."""
     size: int = 128
     """Side of the images, px; larger ones are letterboxed to it."""
     channels: Literal[1, 3] = 1
@@ -152,9 +150,7 @@ def make_training(args: Args) -> "EpisodeTraining":
     from tune.sampler_search import EpisodeTraining
 
     return EpisodeTraining(
-        predictor=Classifier(
-            architecture=args.model, weights=args.weights, frozen_statistics=args.frozen_statistics
-        ),
+        predictor=Classifier(architecture=args.model, weights=args.weights),
         fit=FitSettings(
             num_steps=args.steps_per_epoch,
             learning_rate=args.task_learning_rate,

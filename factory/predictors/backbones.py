@@ -104,6 +104,36 @@ def check_weights(weights: str | None, digest: str | None, owner: str) -> str | 
     return found
 
 
+def keeps_statistics(weights: str | None, wanted: bool | None) -> bool:
+    """Whether batch normalisation must keep its statistics while the network learns.
+
+    Where the normalisation was folded into the convolutions (mean 0, variance 1 and an offset), the weights never were
+    normalised by the statistics of a batch; training by such statistics destroys them.
+
+    Args:
+        weights: safetensors file that `check_weights` accepted, or None.
+        wanted: what the user asked for; None leaves it to the weights.
+
+    Raises:
+        ValueError: not a readable safetensors file.
+    """
+    if wanted is not None or weights is None:
+        return bool(wanted)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            held = set(file.keys())
+            norms = [name.removesuffix(".running_mean") for name in held if name.endswith(".running_mean")]
+            means = (file.get_tensor(f"{norm}.running_mean") for norm in norms)
+            variances = (file.get_tensor(f"{norm}.running_var") for norm in norms)
+            folded = not any(mean.any() for mean in means) and all((one == 1).all() for one in variances)
+            offsets = (file.get_tensor(f"{norm}.bias") for norm in norms if f"{norm}.bias" in held)
+            return bool(norms) and folded and any(bool(offset.any()) for offset in offsets)
+    except SafetensorError as error:
+        raise ValueError(f"weights {weights}: not a readable safetensors file: {error}") from error
+
+
 def check_present(weights: str | None, digest: str | None, owner: str) -> None:
     """Refuse to build from random numbers what was declared to start from weights.
 

@@ -18,6 +18,7 @@ from factory.predictors.backbones import (
     check_present,
     check_weights,
     classification_network,
+    keeps_statistics,
 )
 from schemas.identity import execution_field
 
@@ -47,7 +48,7 @@ class Classifier:
             the identity.
         frozen: only the head learns.
         frozen_statistics: batch normalisation keeps the statistics of the weights: for small batches, and for weights
-            whose normalisation was folded into the convolutions.
+            whose normalisation was folded into the convolutions. By default just for the latter.
         dropout: before the head.
         weights_digest: of the bytes of `weights`; found from the file.
     """
@@ -55,7 +56,7 @@ class Classifier:
     architecture: str = "mobilenetv2_100"
     weights: str | None = execution_field(None)
     frozen: bool = False
-    frozen_statistics: bool = False
+    frozen_statistics: bool | None = None
     dropout: float = 0.0
     weights_digest: str | None = None
 
@@ -65,6 +66,7 @@ class Classifier:
             raise ValueError(f"Classifier.dropout: want 0 ≤ p < 1, got {self.dropout}")
         digest = check_weights(self.weights, self.weights_digest, "Classifier")
         object.__setattr__(self, "weights_digest", digest)
+        object.__setattr__(self, "frozen_statistics", keeps_statistics(self.weights, self.frozen_statistics))
         if self.frozen and digest is None:
             raise ValueError("Classifier.frozen: a frozen network needs weights")
         if self.frozen and self.dropout:
@@ -101,9 +103,8 @@ class Classifier:
             )
             mean = 0.5 if architecture.mean is None else architecture.mean
             std = 0.25 if architecture.std is None else architecture.std
-            return Normalised(
-                body, [mean] * channels, [std] * channels, frozen_statistics=self.frozen_statistics
-            )
+            kept = body if self.frozen_statistics else None
+            return Normalised(body, [mean] * channels, [std] * channels, statistics_of=kept)
         body = classification_network(
             architecture, weights, num_classes=num_classes, size=size, dropout=self.dropout
         )
@@ -114,9 +115,8 @@ class Classifier:
             body.requires_grad_(False)
             body.get_classifier().requires_grad_(True)  # type: ignore[operator]
             frozen = [module for module in leaves if id(module) not in head]
-        return Normalised(
-            body, *architecture.normalisation(), frozen=frozen, frozen_statistics=self.frozen_statistics
-        )
+        kept = body if self.frozen_statistics else None
+        return Normalised(body, *architecture.normalisation(), frozen=frozen, statistics_of=kept)
 
 
 @dataclass(frozen=True, kw_only=True)

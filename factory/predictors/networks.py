@@ -14,7 +14,7 @@ class Normalised(nn.Module):
         body: the network, float32 (B, len(mean), S, S) → logits.
         mean, std: per channel.
         frozen: parts of the body that neither learn nor leave evaluation mode.
-        frozen_statistics: batch normalisation keeps its running statistics and normalises by them in training too.
+        statistics_of: part of the body whose batch normalisation keeps its statistics and normalises by them in training too.
     """
 
     mean: Tensor
@@ -27,7 +27,7 @@ class Normalised(nn.Module):
         std: Sequence[float],
         *,
         frozen: Sequence[nn.Module] = (),
-        frozen_statistics: bool = False,
+        statistics_of: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.body = body
@@ -36,8 +36,11 @@ class Normalised(nn.Module):
         self._frozen = tuple(frozen)
         for part in self._frozen:
             part.requires_grad_(False)
-        norms = (module for module in body.modules() if isinstance(module, _BatchNorm))
-        self._always_evaluated = (*self._frozen, *(norms if frozen_statistics else ()))
+        kept = statistics_of.modules() if statistics_of is not None else ()
+        self._always_evaluated = (
+            *self._frozen,
+            *(module for module in kept if isinstance(module, _BatchNorm)),
+        )
 
     def train(self, mode: bool = True) -> "Normalised":
         """Training mode, but for the frozen parts."""

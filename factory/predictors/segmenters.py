@@ -11,7 +11,13 @@ Importing this file imports neither torch, MONAI nor segmentation_models_pytorch
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from factory.predictors.backbones import Architecture, check_present, check_weights, encoder_arguments
+from factory.predictors.backbones import (
+    Architecture,
+    check_present,
+    check_weights,
+    encoder_arguments,
+    keeps_statistics,
+)
 from schemas.identity import execution_field
 
 if TYPE_CHECKING:
@@ -43,6 +49,8 @@ class Segmenter:
         width: channels of the first level of a network by width.
         weights: local safetensors file of the encoder in timm's layout; random without. Where it lies does not enter
             the identity.
+        frozen_statistics: batch normalisation of the encoder keeps the statistics of its weights. By default just where
+            the normalisation was folded into the convolutions.
         weights_digest: of the bytes of `weights`; found from the file.
     """
 
@@ -50,6 +58,7 @@ class Segmenter:
     encoder: str | None = None
     width: int = 16
     weights: str | None = execution_field(None)
+    frozen_statistics: bool | None = None
     weights_digest: str | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +81,7 @@ class Segmenter:
             raise ValueError(f"Segmenter.weights: {self.weights} is for an encoder, and there is none")
         digest = check_weights(self.weights, self.weights_digest, "Segmenter")
         object.__setattr__(self, "weights_digest", digest)
+        object.__setattr__(self, "frozen_statistics", keeps_statistics(self.weights, self.frozen_statistics))
 
     @property
     def task(self) -> Literal["segmentation"]:
@@ -117,7 +127,8 @@ class Segmenter:
             body = getattr(smp, BY_ENCODER[self.architecture])(in_channels=3, classes=1, **arguments)
         except (TypeError, RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(f"Segmenter: {self.architecture} on {self.encoder}: {error}") from error
-        return Normalised(body, *encoder.normalisation())
+        kept = body.encoder if self.frozen_statistics else None
+        return Normalised(body, *encoder.normalisation(), statistics_of=kept)
 
 
 def num_halvings(size: int) -> int:

@@ -146,6 +146,43 @@ def test_frozen_statistics_stay_while_weights_learn() -> None:
         assert kept == frozen_statistics
 
 
+def folded(path: Path) -> Path:
+    """Weights as after folding: every normalisation is an offset alone."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.replace("running_mean", "bias") in tensors and name.endswith("running_mean"):
+            tensors[name.replace("running_mean", "bias")] = torch.full_like(tensor, 0.1)
+    save_file(tensors, path.with_name("folded.safetensors"))
+    return path.with_name("folded.safetensors")
+
+
+def test_weights_with_a_folded_normalisation_keep_its_statistics(random_weights: RandomWeights) -> None:
+    path = random_weights("test_resnet")
+    assert not Classifier(architecture="test_resnet", weights=str(path)).frozen_statistics
+    predictor = Classifier(architecture="test_resnet", weights=str(folded(path)))
+    assert predictor.frozen_statistics
+    network = predictor.build(2, 1, 32)
+    learn_once(network, pixels())
+    assert all(
+        not tensor.any() for name, tensor in network.state_dict().items() if name.endswith("running_mean")
+    )
+    loose = Classifier(architecture="test_resnet", weights=str(folded(path)), frozen_statistics=False)
+    assert not loose.frozen_statistics and fingerprint(loose) != fingerprint(predictor)
+
+
+def test_an_encoder_keeps_them_and_its_decoder_learns(random_weights: RandomWeights) -> None:
+    path = folded(random_weights("test_resnet"))
+    from factory.predictors.segmenters import Segmenter
+
+    predictor = Segmenter(architecture="unet", encoder="test_resnet", weights=str(path))
+    assert predictor.frozen_statistics
+    network = predictor.build(1, 1, 64).train()
+    network(pixels(64))
+    means = {name: t for name, t in network.state_dict().items() if name.endswith("running_mean")}
+    assert all(tensor.any() == (".encoder." not in name) for name, tensor in means.items())
+    assert any(".encoder." in name for name in means) and any(".decoder." in name for name in means)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
