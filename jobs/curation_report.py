@@ -228,11 +228,12 @@ def _distances(
     )
     assert similarities is not None  # the test was done on the same rows
     to_training, to_held_out = similarities
-    figure = report.similarity_histogram(to_training, to_held_out)
-    axes = figure.axes[0]
-    handles, _ = axes.get_legend_handles_labels()
-    axes.legend(handles, ["to held-out images", "to training images"], frameon=False, loc="upper left")
-    axes.set_ylabel("share of synthetic images")
+    figure = report.similarity_histogram(
+        to_training,
+        to_held_out,
+        names=("to training images", "to held-out images"),
+        ylabel="share of synthetic images",
+    )
     planted = ", ".join(f"{share:.0%} copies p {p:.3f}" for share, p in found.planted.items())
     control = (
         ""

@@ -5,6 +5,7 @@
         --model unet --ratio 1 --seeds 5 --external other.lance --out runs/downstream
     factory evaluate downstream --real real.lance --synthetic synthetic.lance --task classification --model resnet50 \\
         --ratio 1 2 4 only --arms real,strong_augmentation,synthetic,oracle --out runs/ratios
+    factory evaluate downstream --real real.lance --synthetic synthetic.lance --ratio 1 --methods all --out runs/methods
 
 Each --synthetic table comes from a generator trained with another seed; one of them makes a pilot. The first --ratio is
 the primary arm, declared before the opening; --search takes it, the model and the training from a search that never
@@ -14,6 +15,7 @@ second comparison on it needs --again, which is recorded too.
 """
 
 import csv
+import dataclasses
 import getpass
 import json
 import math
@@ -22,12 +24,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tyro
 
-from jobs.evaluate_plan import RESULTS, Args, Inputs, Plan, make_plan, read_inputs
+from jobs.evaluate_inputs import Inputs, read_inputs
+from jobs.evaluate_plan import RESULTS, Args, Plan, make_plan
 from jobs.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -72,10 +77,8 @@ def run(args: Args) -> DownstreamResult:
     fingerprint = comparison_fingerprint(names, plan.primary)
     who = args.opened_by or getpass.getuser()
     # Refused before hours of training, not after.
-    planned = {
-        uri: plan_opening(uri, fingerprint, opened_by=who, reason=args.reason, again=args.again)
-        for uri in (args.real, *args.external)
-    }
+    ask = partial(plan_opening, comparison=fingerprint, opened_by=who, reason=args.reason, again=args.again)
+    planned = {uri: ask(uri) for uri in (args.real, *args.external)}
     out = Path(args.out)
     recorded = {"real": f"{args.real}@{inputs.about['real']['version']}"}
     recorded |= {
@@ -93,6 +96,8 @@ def run(args: Args) -> DownstreamResult:
                     progress=advance,
                 )
         judgements = _judge(plan, inputs, names, fingerprint, planned, out)
+        # As they stand on record now.
+        planned = {uri: ask(uri) for uri in planned}
         tracked.set(
             {
                 f"test_opening.{uri}": f"{one.number}: by {one.opened_by} at {one.time}: {one.reason}"
@@ -134,7 +139,7 @@ def _judge(
     for uri, opening in planned.items():
         path = _judged(out, fingerprint, uri)
         if not path.is_file():
-            record_opening(uri, opening)
+            opening = record_opening(uri, opening)
             if uri == plan.args.real:
                 opened, notes = _open_own(plan, inputs, opening)
             else:
@@ -192,26 +197,26 @@ def _judgeable(task: "Task", opened: "Examples") -> tuple["Examples", list[str]]
 
 def _open_external(plan: Plan, inputs: Inputs, uri: str, opening: "Opening") -> tuple["Examples", list[str]]:
     """All rows of another table but those that show what trained here."""
-    from factory.evaluation.data import match_classes, read_external, read_real
-    from factory.evaluation.final_test import with_classes, without_rows
+    from factory.evaluation.data import read_external
     from factory.evaluation.leakage import images_shared_between
-    from factory.storage import class_names, open_table
+    from factory.storage import open_table
 
     real, access = inputs.comparison.sources.real, opening.access()
     splits = sorted(set(open_table(uri).read(["split"])["split"].to_pylist()))
     shared = images_shared_between(plan.args.real, ("train", "val"), uri, splits, access=access)
     gone = {one.other_id for one in shared}
     notes = [f"{len(gone)} row(s) of {uri} show what trained here and did not judge"] if gone else []
-    options: dict[str, Any] = {"size": real.size, "channels": real.channels, "access": access}
-    foreign = not set(class_names(open_table(uri))) & set(real.class_names)
-    if foreign and plan.task == "segmentation":
-        opened = without_rows(read_real(uri, splits, native=True, **options), gone)
-        opened = with_classes(opened, real.class_names)
-        notes.append(f"{uri} has other classes: its masks judge, its classes say nothing")
-    else:
-        match_classes(plan.args.real, uri)
-        opened, match = read_external(plan.args.real, uri, splits, left_out=sorted(gone), **options)
-        notes += [match.note()] if match.note() else []
+    opened, match = read_external(
+        plan.args.real,
+        uri,
+        splits,
+        size=real.size,
+        channels=real.channels,
+        task=plan.task,
+        access=access,
+        left_out=sorted(gone),
+    )
+    notes += [match.note()] if match.note() else []
     opened, more = _judgeable(plan.task, opened)
     return opened, [*notes, *more]
 
@@ -242,7 +247,7 @@ def _compare(
 
     tables, parts, args = {}, [], plan.args
     for uri, judgement in judgements.items():
-        scores = scores_of(inputs.comparison, names, judgement, inputs.notes)
+        scores = _named(scores_of(inputs.comparison, names, judgement, inputs.notes))
         with progress_bar(f"intervals {_place(uri)}", len(scores.arms)) as advance:
             table = compare(
                 scores,
@@ -277,6 +282,16 @@ def _compare(
     return DownstreamResult(tables=tables, record=record, folder=args.out)
 
 
+def _named(scores: "Scores") -> "Scores":
+    """The scores with a name for rows of an external table whose class the training table does not know."""
+    from factory.evaluation.data import with_unknown
+
+    if scores.labels.max() < len(scores.class_names):
+        return scores
+    counts = np.append(scores.train_counts, 0)
+    return dataclasses.replace(scores, class_names=with_unknown(scores.class_names), train_counts=counts)
+
+
 def _intervals(scores: "Scores", arm: "Arm", args: Args) -> dict[str, dict[str, float]]:
     from factory.evaluation.metric_intervals import metric_intervals
 
@@ -306,6 +321,7 @@ def _record(plan: Plan, inputs: Inputs, parts: list[dict[str, Any]]) -> dict[str
         "search": plan.args.search,
         "where": plan.where,
         "training": dict(plan.training),
+        "methods": {arm.name: arm.method for arm in inputs.comparison.arms if arm.method},
         "class_names": list(real.class_names),
         "train_counts": real.counts().tolist(),
         "settings": asdict(plan.args),

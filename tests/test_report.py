@@ -174,3 +174,16 @@ def test_the_same_figure_is_the_same_svg() -> None:
 def test_a_loss_curve_needs_as_many_steps_as_losses() -> None:
     with pytest.raises(ValueError, match="2 given for 1 steps"):
         report.loss_curve([1], [1.0, 2.0])
+
+
+def test_both_sides_of_a_histogram_carry_the_names_given() -> None:
+    near, far = np.linspace(0.8, 0.9, 20), np.linspace(0.1, 0.2, 10)
+    axes = report.similarity_histogram(near, far, names=("near", "far"), ylabel="share").axes[0]
+    legend = axes.get_legend()
+    assert legend is not None and axes.get_ylabel() == "share"
+    assert [text.get_text() for text in legend.get_texts()] == ["far (10)", "near (20)"]
+    # Each name stands at its own bars: those of "near" hold their share above 0.5.
+    for bars in axes.containers:
+        above = sum(bar.get_height() for bar in bars if bar.get_x() + bar.get_width() / 2 > 0.5)
+        assert above == pytest.approx(1.0 if bars[0].get_label().startswith("near") else 0.0)
+    assert len(axes.containers) == 2

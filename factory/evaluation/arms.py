@@ -1,4 +1,4 @@
-"""The arms of a comparison: what each one trains on. All have the same optimizer steps, batch size and tuning.
+"""The arms of a comparison: what each one trains on, and how. All have the same optimizer steps, batch size and tuning.
 
 real                 the real training rows: what every other arm is compared with
 real_short           the same for fewer steps: as many epochs over the real rows as an arm with added rows makes
@@ -12,6 +12,8 @@ ungated              as synthetic, rejected rows not left out, at equal count
 shuffled_masks       placebo: the synthetic rows with each other's masks
 shuffled_labels      placebo: the synthetic rows with each other's labels
 oracle               real rows and as many more real ones, from the reserve
+
+An arm may name a method for a long tail too: its loss and sampling then take the place of the comparison's own.
 """
 
 import math
@@ -47,6 +49,11 @@ ArmKind = Literal[
 GENERATED = ("vae_round_trip", "synthetic", "ungated", "shuffled_masks", "shuffled_labels")
 """Arms that depend on the generator, and so are run for each generator seed."""
 Task = Literal["classification", "segmentation"]
+Method = Literal[
+    "cross_entropy", "balanced_softmax", "class_balanced_focal", "logit_adjustment", "resampling"
+]
+"""How a classifier meets a long tail: by a loss over plain batches, or by cross-entropy over class-balanced ones."""
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +65,14 @@ class Arm:
         ratio: added rows per real row of a class, ≥ 0; ignored by the arms that add none.
         per_class: (class, ratio) pairs instead of one ratio; a class that is not named gets none.
         only: leave out the real rows (synthetic, ungated and the placebos).
+        method: loss and sampling of this arm; None for the comparison's own.
     """
 
     kind: ArmKind
     ratio: float = 1.0
     per_class: tuple[tuple[str, float], ...] = ()
     only: bool = False
+    method: Method | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ArmKind):
@@ -75,6 +84,10 @@ class Arm:
             raise ValueError(f"Arm.per_class: a class is named twice in {self.per_class}")
         if self.only and (self.kind not in GENERATED or self.kind == "vae_round_trip"):
             raise ValueError(f"Arm.only: {self.kind} without real rows makes no sense")
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f"Arm.method: want one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method is not None and self.kind == "class_balanced":
+            raise ValueError("Arm.method: class_balanced has a sampling of its own; take kind real")
 
     @property
     def adds_rows(self) -> bool:
@@ -88,11 +101,13 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Short and unique: "real", "synthetic 2×", "synthetic benign 1× malignant 4×", "synthetic only 1×"."""
-        if not self.adds_rows and self.kind != "real_short":
-            return self.kind
-        amounts = [f"{label} {ratio:g}×" for label, ratio in self.per_class] or [f"{self.ratio:g}×"]
-        return " ".join([self.kind, *(["only"] if self.only else []), *amounts])
+        """Short and unique: "real", "synthetic 2×", "synthetic benign 1× malignant 4×", "synthetic only 1×"; a method
+        stands behind a comma: "real, balanced_softmax"."""
+        words: list[str] = [self.kind]
+        if self.adds_rows or self.kind == "real_short":
+            words += ["only"] if self.only else []
+            words += [f"{label} {ratio:g}×" for label, ratio in self.per_class] or [f"{self.ratio:g}×"]
+        return " ".join(words) + (f", {self.method}" if self.method else "")
 
     def added(self, real: Examples) -> np.ndarray:
         """Rows to add of each class, int64 (C,).
@@ -156,7 +171,7 @@ def make_training_set(
     round_trip: Examples | None = None,
     copy_paste: CopyPaste | None = None,
 ) -> TrainingSet:
-    """The rows of an arm.
+    """The rows of an arm, and what its method changes.
 
     Args:
         real: real training rows.
@@ -170,7 +185,36 @@ def make_training_set(
         ValueError: what the arm needs is missing, or too few rows of a class.
     """
     if not arm.adds_rows:
-        return _without_added(arm, real)
+        made = _without_added(arm, real)
+    else:
+        pool = ungated if arm.kind == "ungated" else synthetic
+        made = _with_added(arm, real, pool, reserve, round_trip, copy_paste or CopyPaste(), seed)
+    if arm.method is None:
+        return made
+    return replace(made, changes={**made.changes, **method_settings(arm.method)})
+
+
+def method_settings(method: Method) -> dict[str, Any]:
+    """Fields of the `FitSettings` that a method sets: loss and sampling.
+
+    A loss over plain batches gets the classes' shares of the batches, added rows included (`Batches.counts`).
+    """
+    from factory.evaluation.models import parse_loss
+
+    is_resampling = method == "resampling"
+    loss = parse_loss("classification", "cross_entropy" if is_resampling else method)
+    return {"loss": loss, "sampling": "class_balanced" if is_resampling else "plain"}
+
+
+def _with_added(
+    arm: Arm,
+    real: Examples,
+    pool: Examples | None,
+    reserve: Examples | None,
+    round_trip: Examples | None,
+    copy_paste: CopyPaste,
+    seed: int,
+) -> TrainingSet:
     wanted = arm.added(real)
     name = f"arm {arm.name}"
     if arm.kind == "repeated":
@@ -178,9 +222,7 @@ def make_training_set(
             examples=concatenate(real, first_of_each_class(_endless(real, wanted), wanted, name))
         )
     if arm.kind == "copy_paste":
-        return TrainingSet(
-            examples=concatenate(real, (copy_paste or CopyPaste()).make(real, wanted, seed=seed))
-        )
+        return TrainingSet(examples=concatenate(real, copy_paste.make(real, wanted, seed=seed)))
     if arm.kind == "oracle":
         added, notes = _most(
             _needed(reserve, name, "reserve rows (factory prepare --num-train)"), wanted, name
@@ -191,7 +233,6 @@ def make_training_set(
         return TrainingSet(
             examples=concatenate(real, first_of_each_class(_endless(passed, wanted), wanted, name))
         )
-    pool = ungated if arm.kind == "ungated" else synthetic
     added = first_of_each_class(_needed(pool, name, "synthetic rows"), wanted, name)
     if arm.kind in ("shuffled_masks", "shuffled_labels"):
         added = shuffled(added, "masks" if arm.kind == "shuffled_masks" else "labels", seed)

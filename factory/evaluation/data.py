@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from factory.evaluation.arms import Task
 from factory.imaging import Letterbox, as_grey, as_rgb, decode_png
 from factory.predictors.examples import Examples, NativeTruth
 from factory.storage import Table, TestAccess, open_table, real_rows, whole_filter
@@ -19,6 +20,8 @@ from schemas.draws import draw_order
 _REAL = ["image_id", "group_id", "label", "label_name", "image", "mask", "height", "width", "pixel_spacing"]
 _SYNTHETIC = ["request_id", "group_id", "derived", "label", "label_name", "image", "mask"]
 _AT_ONCE = 256
+UNKNOWN = "unknown"
+"""Class of rows of an external table whose class is none of the training table's."""
 
 
 def read_real(
@@ -72,15 +75,22 @@ class ClassMatch:
     Attributes:
         shared: classes in both, in the training table's order.
         lacking: of the training table, without a row out there.
-        foreign: of the external table, unknown to the training table; their rows cannot be judged.
+        foreign: of the external table, unknown to the training table; their rows can judge a segmentation only.
+        judges_classes: whether it is a classification that the table judges.
     """
 
     shared: tuple[str, ...]
     lacking: tuple[str, ...]
     foreign: tuple[str, ...]
+    judges_classes: bool = True
 
     def note(self) -> str:
         """One line for the report; "" where the classes are the same."""
+        if not self.judges_classes:
+            if self.foreign or not self.shared:
+                told = ", ".join(self.foreign) or "no class"
+                return f"the external table has {told}: its masks judge, without class"
+            return ""
         parts = []
         if self.lacking:
             parts.append(f"the external table has no {', '.join(self.lacking)}")
@@ -89,23 +99,26 @@ class ClassMatch:
         return "; ".join(parts)
 
 
-def match_classes(train_uri: str, external_uri: str) -> ClassMatch:
-    """Compare class tables by name.
+def match_classes(train_uri: str, external_uri: str, task: Task = "classification") -> ClassMatch:
+    """Compare class tables by name. The masks of a table without class names, or of others, can judge a segmentation.
 
     Raises:
-        ValueError: no class in common.
+        ValueError: for classification, no class in common.
     """
-    names, others = (names_of(open_table(uri)) for uri in (train_uri, external_uri))
+    names, table = names_of(open_table(train_uri)), open_table(external_uri)
+    others = names_of(table) if "class_names" in table.metadata else ()
     shared = tuple(name for name in names if name in others)
-    if not shared:
+    if not shared and task == "classification":
+        told = f"its classes {', '.join(others)} have none" if others else "it has no classes, so none"
         raise ValueError(
-            f"{external_uri}: its classes {', '.join(others)} have none in common with {', '.join(names)} of "
-            f"{train_uri}; classes are matched by name"
+            f"{external_uri}: {told} in common with {', '.join(names)} of {train_uri}; classes are matched by name. "
+            "Its masks can judge --task segmentation"
         )
     return ClassMatch(
         shared=shared,
         lacking=tuple(name for name in names if name not in others),
         foreign=tuple(name for name in others if name not in names),
+        judges_classes=task == "classification",
     )
 
 
@@ -116,33 +129,43 @@ def read_external(
     *,
     size: int,
     channels: int,
+    task: Task = "classification",
     access: TestAccess | None = None,
     left_out: Sequence[str] = (),
 ) -> tuple[Examples, ClassMatch]:
     """Rows of another dataset to judge a model of this one: train on A, test on B.
 
     Args:
+        task: what is judged. For a segmentation the classes need not match: rows of a class that the training table
+            does not know are of the class UNKNOWN, which then stands behind its classes.
         left_out: image_ids that show what the training table shows (`leakage.images_shared_between`).
 
     Returns:
-        The rows whose class the training table knows, with native masks, and how the classes matched.
+        The rows that may judge, with native masks, and how the classes matched. For classification these are the
+        rows whose class the training table knows.
+
+    Raises:
+        PermissionError: test rows without `access`.
+        ValueError: for classification, no class in common; or no row is left.
     """
-    match = match_classes(train_uri, external_uri)
+    match = match_classes(train_uri, external_uri, task)
     names = names_of(open_table(train_uri))
     gone = set(left_out)
     rows = real_rows(external_uri, splits=splits, columns=_REAL, access=access).sort_by("image_id")
     keep = [
-        name in match.shared and image_id not in gone
+        image_id not in gone and (task == "segmentation" or name in match.shared)
         for name, image_id in zip(rows["label_name"].to_pylist(), rows["image_id"].to_pylist(), strict=True)
     ]
     rows = rows.filter(pa.array(keep, pa.bool_()))
     if not rows.num_rows:
         raise ValueError(f"{external_uri}: no row in {', '.join(splits)} is left that may judge")
+    found = [name if name in match.shared else UNKNOWN for name in rows["label_name"].to_pylist()]
+    names = with_unknown(names) if UNKNOWN in found else names
     images, masks, truths = _pixels(external_uri, rows, "image_id", size, channels)
     examples = _examples(
         images,
         masks,
-        labels=_labels(external_uri, rows["label_name"].to_pylist(), names),
+        labels=_labels(external_uri, found, names),
         class_names=names,
         ids=tuple(rows["image_id"].to_pylist()),
         groups=tuple(rows["group_id"].to_pylist()),
@@ -150,6 +173,11 @@ def read_external(
         native=tuple(truths),
     )
     return examples, match
+
+
+def with_unknown(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes, and behind them that of rows whose class is none of them."""
+    return class_names if UNKNOWN in class_names else (*class_names, UNKNOWN)
 
 
 def read_synthetic(

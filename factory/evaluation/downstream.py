@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -113,7 +113,9 @@ def judge(fitted: "Fitted", evaluation: Examples) -> np.ndarray:
     if truths is None or any(truth.mask is None for truth in truths):
         raise ValueError("evaluation rows: segmentation needs a mask at native size for each of them")
     values = np.full((len(evaluation), len(SEGMENTATION_COLUMNS)), np.nan)
-    for row, (truth, mask) in enumerate(zip(truths, predict_native(fitted, evaluation), strict=True)):
+    # Classes say nothing of masks; those of another dataset may be unknown to the model.
+    shown = replace(evaluation, class_names=fitted.class_names, labels=np.zeros(len(evaluation), np.int64))
+    for row, (truth, mask) in enumerate(zip(truths, predict_native(fitted, shown), strict=True)):
         assert truth.mask is not None  # checked above
         if not truth.mask.any():
             values[row, 3] = float(mask.any())
@@ -345,8 +347,11 @@ def run_fingerprint(
     if run.arm.uses_generator:
         kind = {"ungated": "ungated", "vae_round_trip": "round_trip"}.get(run.arm.kind, "synthetic")
         needed.add(f"{kind} {run.generator_seed}")
+    arm = canonical(run.arm)
+    if run.arm.method is None:
+        del arm["method"]  # arms without one are those that were opened before there were methods
     what = {
-        "arm": canonical(run.arm),
+        "arm": arm,
         "task_seed": run.task_seed,
         "predictor": canonical(predictor),
         "settings": canonical(settings),

@@ -344,13 +344,3 @@ def predictions_table(scores: Scores) -> tuple[list[str], list[list[Any]]]:
             told = ["" if np.isnan(v) else f"{v:.6f}" for v in value]
             lines.append([*about, share, arm, "" if generator is None else generator, task, *told])
     return header, lines
-
-
-def without_rows(examples: Examples, gone: set[str]) -> Examples:
-    """The rows whose id is not in `gone`."""
-    return examples.take([k for k, name in enumerate(examples.ids) if name not in gone])
-
-
-def with_classes(examples: Examples, class_names: tuple[str, ...]) -> Examples:
-    """The rows under another class table, all of its first class: for masks of a table whose classes are others."""
-    return replace(examples, class_names=class_names, labels=np.zeros(len(examples), np.int64))

@@ -52,17 +52,25 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float], *, ylabel: str = "
     return figure
 
 
-def similarity_histogram(synthetic: np.ndarray, real: np.ndarray, *, xlabel: str = "cosine") -> "Figure":
+def similarity_histogram(
+    synthetic: np.ndarray,
+    real: np.ndarray,
+    *,
+    names: tuple[str, str] = ("synthetic", "real, left out"),
+    xlabel: str = "cosine",
+    ylabel: str = "share of images",
+) -> "Figure":
     """Similarity to the nearest real training image: synthetic images against real ones left out.
 
     Args:
         synthetic: (N,) cosine of each synthetic image to its nearest real training image.
         real: (M,) the same of each real training image to the nearest of another group.
+        names: of both in the legend.
     """
-    figure, axes = _axes(8.4, 2.6, xlabel, "share of images")
+    figure, axes = _axes(8.4, 2.6, xlabel, ylabel)
     both = np.concatenate([synthetic, real])
     bins = np.linspace(both.min(), max(both.max(), both.min() + 1e-3), 33)
-    for values, colour, name in ((real, _SECOND, "real, left out"), (synthetic, _ACCENT, "synthetic")):
+    for values, colour, name in ((real, _SECOND, names[1]), (synthetic, _ACCENT, names[0])):
         weights = np.full(len(values), 1 / max(len(values), 1))
         axes.hist(
             values, bins.tolist(), weights=weights, color=colour, alpha=0.55, label=f"{name} ({len(values)})"

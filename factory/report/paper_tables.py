@@ -31,6 +31,20 @@ def _many(results: Results, task: str) -> list[tuple[Any, ...]]:
     return results.groups(task, "dataset", "model") or [("any", "any")]
 
 
+_LONG_TAIL: dict[str, dict[str, Any]] = {
+    "Baseline (Balanced Softmax)": {"loss": "balanced_softmax", "is_resampled": False},
+    "Cross-entropy": {"loss": "cross_entropy", "is_resampled": False},
+    "CBFocal": {"loss": "class_balanced_focal", "is_resampled": False},
+    "Logit-Adjust": {"loss": "logit_adjustment", "is_resampled": False},
+    "Re-sampling": {"loss": "cross_entropy", "is_resampled": True},
+}
+"""Methods of Table 1 of 000; each stands on real rows only and with synthetic ones."""
+
+
+def _is_real(kind: str) -> bool:
+    return kind in ("real", "class_balanced")
+
+
 def long_tail_methods(results: Results) -> PaperTable:
     """Table 1 of 000."""
     metrics = {"F1": "macro_f1", "Rec": "macro_recall", "Pre": "macro_precision", "All": "accuracy",
@@ -41,15 +55,12 @@ def long_tail_methods(results: Results) -> PaperTable:
         "`factory evaluate images`, whose features are named.",
         header=("dataset, model", "method", *metrics, "FID", "AUC"),
     )
-    methods: dict[str, tuple[dict[str, Any], str]] = {
-        "Baseline (Balanced Softmax)": ({"kind": "real", "loss": "balanced_softmax"}, "--ratio 1 --loss balanced_softmax --again"),
-        "Cross-entropy": ({"kind": "real", "loss": "cross_entropy"}, "--ratio 1"),
-        "CBFocal": ({"kind": "real", "loss": "class_balanced_focal"}, "--ratio 1 --loss class_balanced_focal --again"),
-        "Logit-Adjust": ({"kind": "real", "loss": "logit_adjustment"}, "--ratio 1 --loss logit_adjustment --again"),
-        "Re-sampling": ({"kind": "class_balanced"}, "--ratio 1"),
-        "Synthetic": ({"kind": "synthetic", "only": False}, "--ratio 1"),
-        "As many more real images": ({"kind": "oracle"}, "--ratio 1 # with reserve rows: factory prepare --num-train N"),
-    }  # fmt: skip
+    command, more = "--ratio 1 --methods all", "--ratio 1 # with reserve rows: factory prepare --num-train N"
+    methods: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, want in _LONG_TAIL.items():
+        methods[name] = ({"kind": _is_real, **want}, command)
+        methods[f"{name} + synthetic"] = ({"kind": "synthetic", "only": False, **want}, command)
+    methods["Cross-entropy + as many more real images"] = ({"kind": "oracle", "loss": "cross_entropy"}, more)
     for dataset, model in _many(results, "classification"):
         for name, (want, options) in methods.items():
             line = results.find(task="classification", dataset=dataset, model=model, place="test", **want)
@@ -89,7 +100,7 @@ def long_tail_ablation(results: Results) -> PaperTable:
             {"kind": "synthetic", "recipes": has_sketch},
             "--ratio 1 # a table of recipe sketch_ldm",
         ),
-        "Re-sampling": ({"kind": "class_balanced"}, "--ratio 1"),
+        "Re-sampling": ({"kind": _is_real, "is_resampled": True}, "--ratio 1"),
     }
     for dataset, model in _many(results, "classification"):
         for name, (want, options) in rows.items():

@@ -18,7 +18,9 @@ class Line:
     """One arm on one set of evaluation rows.
 
     Attributes:
-        dataset, task, model, loss: of the comparison.
+        dataset, task, model: of the comparison.
+        loss: of the arm: the comparison's, or that of the arm's own method.
+        is_resampled: whether classes were drawn equally often.
         place: "test", or the name of an external table.
         arm: its name; kind: its first word.
         ratio: added rows per real row; None where it is no single number.
@@ -35,6 +37,7 @@ class Line:
     task: str
     model: str
     loss: str
+    is_resampled: bool
     place: str
     arm: str
     kind: str
@@ -57,7 +60,9 @@ def lines_of(record: Record) -> Iterator[Line]:
         table = part["comparison"]
         for arm in table["arms"]:
             name = arm["name"]
-            kind, _, rest = name.partition(" ")
+            method = record.get("methods", {}).get(name)
+            data = name.removesuffix(f", {method}")
+            kind, _, rest = data.partition(" ")
             number = re.fullmatch(r"(?:only )?([\d.e+-]+)×", rest)
             value = arm["value"]
             values: dict[str, tuple[float, float | None, float | None]] = {
@@ -70,7 +75,8 @@ def lines_of(record: Record) -> Iterator[Line]:
                 dataset=record["dataset"] or record["real"]["uri"],
                 task=record["task"],
                 model=record["model"],
-                loss=record["loss"],
+                loss={None: record["loss"], "resampling": "cross_entropy"}.get(method, method),
+                is_resampled=kind == "class_balanced" or method == "resampling",
                 place=part["name"],
                 arm=name,
                 kind=kind,

@@ -23,8 +23,8 @@ from factory.generators.mask_checkpoints import MASK_MANIFEST, WEIGHTS
 from factory.generators.mask_diffusion import DIFFUSION_KIND, MaskDDPM
 from factory.generators.mask_gan import GAN_KIND, MaskGAN
 from factory.generators.mask_training import MaskModelTraining
-from factory.imaging import TrainingRow, decode_rows
 from factory.predictors.segmenter_folder import SEGMENTER_MANIFEST, SEGMENTER_TENSORS
+from factory.training.part_learners import lesion_classes, make_learner, part_rows
 from factory.training.run_identity import clear_run, read_identity, write_identity, write_json
 from factory.training.segmenter_stage import FOLDS_FOLDER, SegmenterStage
 from factory.training.settings import TrainingSettings
@@ -269,11 +269,11 @@ def train_run(
     from factory.training.mixture import BatchSampler
 
     settings = task.settings
-    rows, held_out = _rows(task, "train"), choose_rows(_rows(task, "val"), MAX_HELD_OUT)
+    rows, held_out = part_rows(task, "train"), choose_rows(part_rows(task, "val"), MAX_HELD_OUT)
     if settings.max_rows is not None:
         rows = sorted(choose_rows(rows, settings.max_rows), key=lambda row: row.image_id)
-    classes = _lesion_classes(task, rows)
-    learner, num_rows, num_held_out = _make_learner(task, rows, held_out, classes, world)
+    classes = lesion_classes(task, rows)
+    learner, num_rows, num_held_out = make_learner(task, rows, held_out, classes, world)
     if world.rank == 0:
         write_identity(task.out, identity, finished_step=None)
     result = train(
@@ -303,7 +303,7 @@ def _train_segmenter(
     from factory.storage import class_names, open_table
     from factory.training.segmenter_run import examples_of, train_segmenter
 
-    rows, held_out = _rows(task, "train"), _rows(task, "val")
+    rows, held_out = part_rows(task, "train"), part_rows(task, "val")
     names = class_names(open_table(task.real, version=task.real_version))
     channels = 3 if 2 * sum(row.image.ndim == 3 for row in rows) > len(rows) else 1
     write_identity(task.out, identity, finished_step=None)
@@ -318,85 +318,6 @@ def _train_segmenter(
     )
     write_identity(task.out, identity, finished_step=result.steps)
     return result
-
-
-def _rows(task: PartTask, split: str) -> list[TrainingRow]:
-    """Decoded rows of a split at the part's resolution, in the order of image_id: those that the part can learn from."""
-    from factory.storage import real_rows
-
-    table = real_rows(task.real, splits=(split,), columns=ROW_COLUMNS, version=task.real_version)
-    rows = decode_rows(table.sort_by("image_id"), task.resolution)
-    if task.part == "vae":
-        return rows
-    if task.part == "segmenter":
-        return [row for row in rows if row.mask is not None]
-    return [row for row in rows if row.mask is not None and row.mask.any()]
-
-
-def _lesion_classes(task: PartTask, rows: Sequence[TrainingRow]) -> tuple[str, ...]:
-    """Names of the classes with lesions, in the table's order; none for the VAE."""
-    from factory.storage import class_names, open_table
-
-    if task.part == "vae":
-        return ()
-    found = {row.label_name for row in rows}
-    names = class_names(open_table(task.real, version=task.real_version))
-    classes = tuple(name for name in names if name in found)
-    if not classes:
-        raise ValueError(f"--real {task.real}: no training row has a lesion in its mask")
-    return classes
-
-
-def _make_learner(
-    task: PartTask,
-    rows: Sequence[TrainingRow],
-    held_out: Sequence[TrainingRow],
-    classes: tuple[str, ...],
-    world: "World",
-) -> tuple[Any, int, int]:
-    """The learner with fresh weights, and the numbers of its training and held-out rows."""
-    import torch
-
-    from schemas.identity import torch_seed
-
-    torch.manual_seed(torch_seed(f"training/{task.settings.seed}", "init") % 2**31)
-    if isinstance(task.component, VAEStage):
-        from factory.training.vae_learner import VAELearner, load_vae
-
-        vae_learner = VAELearner(
-            vae=load_vae(task.generator.base_folder()),
-            rows=rows,
-            kl_weight=task.component.kl_weight,
-            settings=task.settings,
-            world=world,
-            held_out=held_out,
-        )
-        return vae_learner, len(rows), len(held_out)
-    from factory.training.mask_batches import lesions_of
-    from factory.training.mask_learners import MaskDDPMLearner, MaskGANLearner
-
-    lesions = lesions_of(rows, classes)
-    others = lesions_of([row for row in held_out if row.label_name in classes], classes)
-    learner: Any
-    if isinstance(task.component, MaskGAN):
-        learner = MaskGANLearner(
-            model=task.component,
-            lesions=lesions,
-            held_out=others,
-            settings=task.settings,
-            world=world,
-            networks=task.component.networks(len(classes)),
-        )
-    else:
-        assert isinstance(task.component, MaskDDPM), task.part
-        learner = MaskDDPMLearner(
-            denoiser=task.component.network(len(classes)),
-            lesions=lesions,
-            held_out=others,
-            settings=task.settings,
-            world=world,
-        )
-    return learner, len(lesions.masks), len(others.masks)
 
 
 def _save(

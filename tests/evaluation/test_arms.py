@@ -123,3 +123,25 @@ def test_the_baselines_fit_the_task_and_have_names_of_their_own() -> None:
     assert not {"copy_paste", "oracle"} & {
         arm.kind for arm in baseline_arms("classification", with_masks=False, with_reserve=False)
     }
+
+
+def test_a_method_keeps_the_rows_and_sets_loss_and_sampling() -> None:
+    from factory.predictors.augmentation import Augmentation
+    from factory.predictors.losses import BalancedSoftmax, CrossEntropy
+
+    settings = FitSettings(num_steps=90, sampling="square_root", loss=BalancedSoftmax())
+    for kind in ("real", "synthetic", "strong_augmentation", "real_short"):
+        plain = make_training_set(Arm(kind=kind, ratio=2), REAL, SYNTHETIC, seed=0)  # type: ignore[arg-type]
+        for method, sampling in (("cross_entropy", "plain"), ("resampling", "class_balanced")):
+            arm = Arm(kind=kind, ratio=2, method=method)  # type: ignore[arg-type]
+            training = make_training_set(arm, REAL, SYNTHETIC, seed=0)
+            own = training.settings(settings)
+            assert training.examples.ids == plain.examples.ids and arm.name.endswith(f", {method}")
+            assert own.loss == CrossEntropy() and own.sampling == sampling
+            assert own.num_steps == (30 if kind == "real_short" else 90)
+            assert own.augmentation == Augmentation(
+                kind="strong" if kind == "strong_augmentation" else "standard"
+            )
+    for values in ({"kind": "real", "method": "magic"}, {"kind": "class_balanced", "method": "resampling"}):
+        with pytest.raises(ValueError, match=r"Arm\.method"):
+            Arm(**values)  # type: ignore[arg-type]

@@ -161,3 +161,20 @@ def test_segmentation_is_scored_at_native_size(tmp_path: Path) -> None:
     assert values.shape == (6, 4) and np.isnan(values[0, :3]).all() and values[0, 3] in (0.0, 1.0)
     assert (values[1:, 0] >= 0).all() and (values[1:, 0] <= 1).all() and np.isnan(values[1:, 3]).all()
     assert values[1, 2] <= np.hypot(24, 24) + 1e-9  # mm: half of the 48 px
+
+
+def test_an_arm_without_method_asks_what_it_asked_before_there_were_methods() -> None:
+    # Golden: a table that was opened for such arms must know the same comparison again.
+    from factory.evaluation.downstream import run_fingerprint
+
+    content = {"real": "a", "evaluation": "b", "synthetic 0": "c"}
+    found = {
+        method: run_fingerprint(
+            ArmRun(arm=Arm(kind="synthetic", ratio=2.0, method=method), generator_seed=0, task_seed=1),  # type: ignore[arg-type]
+            Classifier(architecture="small_cnn"),
+            FitSettings(),
+            content,
+        )
+        for method in (None, "cross_entropy", "resampling")
+    }
+    assert found[None] == "6bb4379c5aed4ee0d060d1d6f7510d65" and len(set(found.values())) == 3

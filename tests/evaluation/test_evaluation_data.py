@@ -91,6 +91,10 @@ def test_another_dataset_judges_by_class_names(tables: tuple[str, str], tmp_path
     }  # fmt: skip
     assert found.native is not None and match.foreign == ("foreign",) and "left out" in match.note()
     assert match_classes(tables[0], tables[0]).note() == ""
+    judging, match = read_external(tables[0], uri, ("val",), size=24, channels=1, task="segmentation")
+    names_of_rows = dict(zip(judging.ids, (judging.class_names[k] for k in judging.labels)))
+    assert judging.class_names == (*CLASSES, "unknown") and "without class" in match.note()
+    assert [names_of_rows[f"b-{k}"] for k in range(6)] == ["unknown", "striped", "bright"] * 2
     with pytest.raises(ValueError, match="none in common"):
         strange = str(tmp_path / "strange.lance")
         write_table(strange, table_of(rows, schema), schema, metadata={"class_names": json.dumps(["x"])})

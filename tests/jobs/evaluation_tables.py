@@ -12,6 +12,7 @@ import numpy as np
 from factory.embedding import EmbedderSpec
 from factory.imaging import encode_png
 from factory.storage import open_table, real_digest, write_table
+from jobs.evaluate_plan import Args
 from schemas.request import SynthesisPlan
 from schemas.sample import RealSample, SyntheticSample, real_schema, synthetic_schema, table_of
 
@@ -59,29 +60,39 @@ def write_real(
     seed: int = 0,
     name: str = "real",
     copies: Sequence[tuple[str, int]] = (),
+    class_names: Sequence[str] = CLASSES,
+    every: int = 2,
+    with_masks: bool = True,
 ) -> str:
     """`NAME.lance`, classes in turn, every image a patient of its own, two devices.
 
     Args:
         copies: (split, seed) of further rows with the pictures that a table of that seed begins with in train.
+        class_names: what the classes are called; one name for both, or none: a table that knows no classes.
+        every: one of so many rows is of the second class.
+        with_masks: whether rows have their mask.
     """
     rng, rows = np.random.default_rng(seed), []
     wanted = [(split, rng) for split, count in counts.items() for _ in range(count)]
     wanted += [(split, np.random.default_rng(other)) for split, other in copies]
     for number, (split, source) in enumerate(wanted):
-        label = number % 2
-        image, mask = picture(label, source)
+        shape = int(number % every == every - 1)
+        label = min(shape, max(len(class_names) - 1, 0))
+        image, mask = picture(shape, source)
         rows.append(
             RealSample(
                 image_id=f"{seed:016x}{number:016x}", dataset="blobs", source_path=f"{number}.png",
-                group_id=f"patient-{seed}-{number}", split=split, label=label, label_name=CLASSES[label],
-                image=encode_png(image), mask=encode_png(mask), height=SIZE, width=SIZE,
+                group_id=f"patient-{seed}-{number}", split=split, label=label,
+                label_name=class_names[label] if class_names else "", image=encode_png(image),
+                mask=encode_png(mask) if with_masks else None, height=SIZE, width=SIZE,
                 device=("linear", "convex")[number // 2 % 2], licence="CC0-1.0", allowed_use="any",
                 embedding=embedding(image),
             )
         )  # fmt: skip
-    schema = real_schema(DIM)
-    return write_table(str(folder / f"{name}.lance"), table_of(rows, schema), schema, metadata=metadata()).uri
+    schema, told = real_schema(DIM), metadata() | {"class_names": json.dumps(list(class_names))}
+    if not class_names:
+        del told["class_names"]
+    return write_table(str(folder / f"{name}.lance"), table_of(rows, schema), schema, metadata=told).uri
 
 
 def write_synthetic(
@@ -134,3 +145,14 @@ def write_synthetic(
     told[f"plan.{plan.plan_id}"] = json.dumps(record)
     ordered = rows[::-1] if backwards else rows
     return write_table(str(folder / f"{name}.lance"), table_of(ordered, schema), schema, metadata=told).uri
+
+
+def downstream(real: str, synthetic: str, out: Path, **changes: object) -> Args:
+    """Arguments of a small `factory evaluate downstream` in this process."""
+    values: dict = {
+        "task": "classification", "model": "small_cnn?width=4", "ratio": ("1",), "seeds": 2, "size": 24,
+        "num_steps": 10, "batch_size": 8, "validate_every": 5, "arms": "strong_augmentation,shuffled_labels,ungated,oracle",
+        "in_process": True, "num_resamples": 200, "opened_by": "a tester",
+        "reason": "to see", **changes,
+    }  # fmt: skip
+    return Args(real=real, synthetic=(synthetic,), out=str(out), **values)

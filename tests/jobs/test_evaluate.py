@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_tables import CLASSES, write_real, write_synthetic
+from evaluation_tables import CLASSES, downstream, write_real, write_synthetic
 
 from factory.storage import open_table, test_accesses
 from jobs import evaluate
@@ -161,16 +161,6 @@ def test_the_autoencoder_of_a_checkpoint_keeps_the_rows_and_roughly_the_pixels(
 
 
 # ------------------------------------------------------------------------------------------ downstream
-
-
-def downstream(real: str, synthetic: str, out: Path, **changes: object) -> Args:
-    values: dict = {
-        "task": "classification", "model": "small_cnn?width=4", "ratio": ("1",), "seeds": 2, "size": 24,
-        "num_steps": 10, "batch_size": 8, "validate_every": 5, "arms": "strong_augmentation,shuffled_labels,ungated,oracle",
-        "in_process": True, "num_resamples": 200, "opened_by": "a tester",
-        "reason": "to see", **changes,
-    }  # fmt: skip
-    return Args(real=real, synthetic=(synthetic,), out=str(out), **values)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +339,7 @@ def test_trainings_as_ray_tasks_give_the_same_models(
     ray_local: None, tables: tuple[str, str], tmp_path: Path
 ) -> None:
     from factory.evaluation.final_test import train_all
-    from jobs.evaluate_plan import read_inputs
+    from jobs.evaluate_inputs import read_inputs
     from jobs.evaluate_runs import ray_executor
 
     args = downstream(*tables, tmp_path, arms="shuffled_labels", seeds=1, num_steps=3)
@@ -377,7 +367,7 @@ def test_a_test_row_in_a_training_set_is_found_before_and_a_copied_one_after_the
     from factory.evaluation.data import read_real
     from factory.evaluation.final_test import judge_all
     from factory.storage import TestAccess
-    from jobs.evaluate_plan import read_inputs
+    from jobs.evaluate_inputs import read_inputs
 
     real = write_real(tmp_path)
     inputs = read_inputs(make_plan(downstream(real, write_synthetic(tmp_path, real), tmp_path)))
@@ -490,12 +480,14 @@ def test_report_fills_the_papers_tables_and_names_what_was_not_run(
     ]
     told = f"{auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]"
     cells = [
-        line for line in markdown.splitlines() if line.startswith("| blobs, small_cnn?width=4 | Synthetic ")
+        line
+        for line in markdown.splitlines()
+        if line.startswith("| blobs, small_cnn?width=4 | Cross-entropy + synthetic ")
     ]
     assert cells and told in cells[0]
     marks = set(re.findall(r"not run: (\[\d+\])", markdown))
     assert marks and all(f"\n{mark}\n" in markdown for mark in marks), "every mark has its command"
-    assert "factory evaluate downstream --real" in markdown and "--loss balanced_softmax" in markdown
+    assert "factory evaluate downstream --real" in markdown and "--ratio 1 --methods all" in markdown
     for row in re.findall(r"^\|.*\|$", markdown, flags=re.MULTILINE):
         assert not re.search(r"\bnan\b|\bNone\b", row), row
         if "Paper" not in row and "caution" not in row:
