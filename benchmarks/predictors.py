@@ -1,6 +1,6 @@
 """Training a segmenter: our loop against the stock one, and what each architecture costs.
 
-    python benchmarks/predictors.py                     # CPU, a few minutes
+    python benchmarks/predictors.py                     # CPU, one or two minutes
     python benchmarks/predictors.py --device cuda --size 256 --batch-size 32
     python benchmarks/predictors.py --architectures     # parameters of every architecture and seconds per step as well
 
@@ -22,13 +22,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=16, help="channels of the U-Net's first level")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20, help="of each timed run")
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=10, help="of each timed run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--learning-steps", type=int, default=150, help="of the runs that are scored")
+    parser.add_argument("--learning-steps", type=int, default=100, help="of the runs that are scored")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--architectures", action="store_true")
     args = parser.parse_args()

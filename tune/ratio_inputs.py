@@ -220,7 +220,7 @@ def read_inputs(args: Args) -> Inputs:
         device=_device(args),
         num_threads=max(1, int(args.cpus_per_trial)),
     )
-    notes = [*data.check(), *_notes(args)]
+    notes = [*data.check(args.where), *_notes(args)]
     about = {
         "real": {"uri": args.real, "version": version, "rows": len(train), "validation_rows": len(val)},
         "synthetic": sources,

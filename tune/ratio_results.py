@@ -9,19 +9,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from factory.evaluation.selection import minimum_detectable_effect, one_standard_error
+from tune.ratio_plot import plot
 from tune.ratio_search import Point, TrialRecord
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 RESULT_FILE, PLOT_FILE, SUMMARY_FILE = "results.json", "curve.png", "summary.txt"
-_INK, _ACCENTS = "#1b2130", ("#2463c9", "#b4540a", "#2a8a4a", "#8a2a7a", "#7a7a1a")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +31,7 @@ class CurvePoint:
         per_class: (class, ratio) pairs where it is no single ratio.
         only: synthetic rows only.
         folds: mean score over seeds in each fold; empty where a scheduler stopped a trial.
+        num_trainings: behind the mean, folds × seeds; 0 where stopped.
         mean, standard_error: over folds; NaN where stopped.
         low, high: 95 % interval of the mean over folds, Student's t, within 0 … 1 as AUC and Dice are.
         difference: mean minus that of real data only.
@@ -44,6 +42,7 @@ class CurvePoint:
     per_class: tuple[tuple[str, float], ...]
     only: bool
     folds: tuple[float, ...]
+    num_trainings: int
     mean: float
     standard_error: float
     low: float
@@ -156,7 +155,7 @@ def _curve(
     for number, point in enumerate(points):
         if point.arm.uses_generator and point.filter_index != filter_index:
             continue
-        made = _point(point, ratios[number], _fold_means(trials, number), reference)
+        made = _point(number, point, ratios[number], trials, reference)
         (candidates if point.is_candidate else shown).append(made)
     complete = _one_per_ratio([p for p in candidates if p.is_complete])
     rule = one_standard_error([p.ratio for p in complete], np.array([p.folds for p in complete]))
@@ -184,7 +183,10 @@ def _fold_means(trials: Sequence[TrialRecord], point: int) -> list[float]:
     return [float(np.mean(folds[fold])) for fold in sorted(folds)]
 
 
-def _point(point: Point, ratio: float, folds: Sequence[float], reference: Sequence[float]) -> CurvePoint:
+def _point(
+    number: int, point: Point, ratio: float, trials: Sequence[TrialRecord], reference: Sequence[float]
+) -> CurvePoint:
+    folds = _fold_means(trials, number)
     count = len(folds)
     mean = float(np.mean(folds)) if count else math.nan
     error = float(np.std(folds, ddof=1) / math.sqrt(count)) if count > 1 else math.nan
@@ -195,6 +197,7 @@ def _point(point: Point, ratio: float, folds: Sequence[float], reference: Sequen
         per_class=point.arm.per_class,
         only=point.arm.only,
         folds=tuple(folds),
+        num_trainings=sum(trial.point == number for trial in trials) if count else 0,
         mean=mean,
         standard_error=error,
         low=max(0.0, mean - half),
@@ -253,7 +256,8 @@ def summary_lines(found: RatioAnswer, *, num_seeds: int) -> list[str]:
 def _told(point: CurvePoint) -> str:
     if not point.is_complete:
         return "stopped early"
-    return f"{point.mean:.3f} [{point.low:.3f}, {point.high:.3f}]  Δ {point.difference:+.3f}"
+    interval = f"{point.mean:.3f} [{point.low:.3f}, {point.high:.3f}]"
+    return f"{interval}  Δ {point.difference:+.3f}  n {point.num_trainings} in {len(point.folds)} folds"
 
 
 def as_json(found: RatioAnswer, trials: Sequence[TrialRecord], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,70 +296,3 @@ def write_answer(
     partial.write_text(json.dumps(as_json(found, trials, about), indent=1, ensure_ascii=False))
     partial.replace(out / RESULT_FILE)
     return out / RESULT_FILE, out / PLOT_FILE, out / SUMMARY_FILE
-
-
-# ------------------------------------------------------------------------------------------ the plot
-
-
-def plot(found: RatioAnswer) -> "Figure":
-    """Score over ratio, one panel per curve: mean, interval, folds as dots, the chosen point, baselines as lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    count = len(found.curves)
-    figure = Figure(figsize=(7.2, 3.6 * count), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(count, 1, squeeze=False)[:, 0]
-    for axes, curve in zip(panels, found.curves, strict=True):
-        _panel(axes, curve, found.metric)
-    return figure
-
-
-def _panel(axes: Any, curve: Curve, metric: str) -> None:
-    points = [point for point in curve.points if point.is_complete]
-    finite = [point.ratio for point in points if math.isfinite(point.ratio)]
-    beyond = 2 * max(max(finite), 0.5)
-    smallest = min((ratio for ratio in finite if ratio > 0), default=1.0)
-    places = {p.name: p.ratio if math.isfinite(p.ratio) else beyond for p in points}
-    _draw_curve(axes, [p for p in points if not p.per_class], places)
-    for point in (p for p in points if p.per_class):
-        text = " ".join(f"{name} {ratio:g}×" for name, ratio in point.per_class)
-        axes.plot(places[point.name], point.mean, "D", markersize=5, color=_ACCENTS[3])
-        axes.annotate(text, (places[point.name], point.mean), fontsize=6.5, xytext=(4, 4),
-                      textcoords="offset points", color=_INK)  # fmt: skip
-    for point in points:
-        axes.plot(
-            [places[point.name]] * len(point.folds), point.folds, ".", markersize=4, color=_INK, alpha=0.45
-        )
-    axes.axhline(curve.point("real").mean, color=_INK, linewidth=0.9, linestyle="--", label="real data only")
-    for number, baseline in enumerate(p for p in curve.baselines if p.is_complete):
-        colour = _ACCENTS[1 + number % 4]
-        axes.axhline(baseline.mean, color=colour, linewidth=1.0, linestyle=":", label=baseline.name)
-    chosen = curve.point(curve.chosen)
-    axes.plot(places[chosen.name], chosen.mean, "o", markersize=12, markerfacecolor="none",
-              markeredgecolor=_ACCENTS[1], markeredgewidth=2, label="chosen")  # fmt: skip
-    axes.set_xscale("symlog", linthresh=smallest, linscale=0.6)
-    ticks = sorted({places[p.name] for p in points if not p.per_class})
-    names = ["only" if place == beyond else f"{place:g}" for place in ticks]
-    axes.set_xticks(ticks, names, rotation=0 if len(ticks) < 9 else 45)
-    axes.minorticks_off()
-    axes.set_xlim(-0.15 * smallest, 1.25 * max(places.values()))
-    axes.set(xlabel="synthetic rows per real row", ylabel=metric)
-    where = f", where {curve.where}" if curve.where else ""
-    title = f"{curve.model}{where}   (detectable change: {curve.minimum_detectable_effect:.3f})"
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
-
-
-def _draw_curve(axes: Any, points: Sequence[CurvePoint], places: Mapping[str, float]) -> None:
-    """Mean and interval over the ratios; synthetic only stands apart, without real rows it is no larger ratio."""
-    joined = [point for point in points if not point.only]
-    xs = [places[point.name] for point in joined]
-    axes.fill_between(xs, [p.low for p in joined], [p.high for p in joined], color=_ACCENTS[0], alpha=0.15,
-                      label="95 % interval over folds")  # fmt: skip
-    axes.plot(xs, [p.mean for p in joined], "o-", color=_ACCENTS[0], markersize=4, label="mean")
-    for point in (p for p in points if p.only):
-        whiskers = [[point.mean - point.low], [point.high - point.mean]]
-        axes.errorbar([places[point.name]], [point.mean], yerr=whiskers, fmt="o", markersize=4,
-                      color=_ACCENTS[0], capsize=3)  # fmt: skip

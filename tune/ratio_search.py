@@ -5,7 +5,7 @@ Optuna search it is one vector of per-class ratios, trained over all seeds and f
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,11 @@ class SearchData:
             for point in range(len(self.points))
         ]
 
-    def check(self) -> tuple[str, ...]:
+    def check(self, wheres: Sequence[str] = ()) -> tuple[str, ...]:
         """Look for leaks and missing rows in every training set, before compute is spent.
+
+        Args:
+            wheres: the filters that `filter_index` counts, for messages.
 
         Returns:
             What the reader of the result should know.
@@ -138,7 +141,14 @@ class SearchData:
             check_parts_disjoint(parts)
             _check_scorable(fold.score, next(iter(self.models.values())).task, number)
             for point in self.points:
-                training = make_training_set(point.arm, fold.real, fold.synthetic[point.filter_index], seed=0)
+                try:
+                    training = make_training_set(
+                        point.arm, fold.real, fold.synthetic[point.filter_index], seed=0
+                    )
+                except ValueError as fault:
+                    where = wheres[point.filter_index] if point.filter_index < len(wheres) else ""
+                    behind = f", behind --where {where!r}" if where else ""
+                    raise ValueError(f"fold {number}{behind}: {fault}") from fault
                 held_out = {"early stopping": fold.stop, f"fold {number}": fold.score}
                 check_disjoint(training.examples, **held_out)
                 notes |= dict.fromkeys(training.notes)

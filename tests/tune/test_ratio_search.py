@@ -23,7 +23,8 @@ from factory.predictors.augmentation import Augmentation
 from factory.predictors.classifiers import Classifier
 from factory.predictors.settings import FitSettings
 from tune.ratio_inputs import Args, parse_points, read_inputs
-from tune.ratio_results import RatioAnswer, answer, as_json, plot, summary_lines
+from tune.ratio_plot import plot
+from tune.ratio_results import RatioAnswer, answer, as_json, summary_lines
 from tune.ratio_search import Fold, Point, SearchData, Trial, TrialRecord, train_trial
 from tune.ratio_tune import TuneSettings
 
