@@ -14,6 +14,7 @@ import numpy as np
 from tyro.conf import Positional
 
 _HIDDEN = ("image", "mask", "requested_mask", "embedding")
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,11 @@ def build(args: Args) -> Any:
     return blocks
 
 
+def launch_options(args: Args) -> dict[str, Any]:
+    """What gradio is started with: loopback only, no public link. Given outright, so that no variable changes it."""
+    return {"server_name": LOOPBACK, "server_port": args.port, "share": False}
+
+
 def command(argv: Sequence[str]) -> int:
     """`factory browse`; runs until interrupted."""
     import tyro
@@ -102,5 +108,5 @@ def command(argv: Sequence[str]) -> int:
 
     args = tyro.cli(Args, args=list(argv), prog="factory browse", description=__doc__)
     open_table(args.table, tag=args.tag)
-    build(args).launch(server_name="127.0.0.1", server_port=args.port, share=False)
+    build(args).launch(**launch_options(args))
     return 0

@@ -1,7 +1,7 @@
 """The stream's verdicts again with other thresholds, plan by plan, from stored scores: for `factory curate --rejudge`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +57,11 @@ def rejudge(
                 f"--rejudge: plan {key[5:]} of {table.uri} was made with other real rows than the training split of "
                 f"{real_table.uri}; give that table as --real"
             )
-        filters = _fitted(plan, real_table)
+        filters, refit = _fitted(plan, real_table)
         gate = table.metadata.get(f"gate.{key[5:]}")
         if gate is not None:  # the job's --segmenter judged too
             filters = (*filters, FittedMaskFidelity.of_record(json.loads(gate)))
-        changed = with_thresholds(filters, overrides)
+        changed = with_thresholds(filters, overrides, refit)
         where = f"plan_id = '{key[5:]}'"
         columns = ["request_id", "scores", "stream_reject_reason"]
         for batch in table.batches(columns, filter=where, batch_size=_ROWS_AT_ONCE):
@@ -85,8 +85,8 @@ def rejudge(
     return Rejudged(reasons=reasons, changed=moved, notes=tuple(notes))
 
 
-def _fitted(plan: dict[str, Any], real_table: "Table") -> tuple[Any, ...]:
-    """The filters of a plan's recipe, fitted as the stream fitted them."""
+def _fitted(plan: dict[str, Any], real_table: "Table") -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
+    """The filters of a plan's recipe, fitted as the stream fitted them, and what fits another one on the same rows."""
     from factory.embedding import EmbedderSpec
     from factory.imaging import decode_rows
     from factory.storage import real_rows
@@ -97,4 +97,5 @@ def _fitted(plan: dict[str, Any], real_table: "Table") -> tuple[Any, ...]:
     stored = real_rows(real_table.uri, splits=("train",), version=real_table.version)
     rows = decode_rows(stored, recipe.generator.resolution)
     embeddings = np.stack(stored["embedding"].to_numpy(zero_copy_only=False)).astype(np.float32)
-    return fit_filters(recipe, rows, embeddings, EmbedderSpec.from_json(real_table.metadata["embedder"]))
+    fitted = fit_filters(recipe, rows, embeddings, EmbedderSpec.from_json(real_table.metadata["embedder"]))
+    return fitted, lambda source: source.fit(rows, embeddings)

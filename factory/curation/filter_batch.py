@@ -69,10 +69,15 @@ class FittedFilter(Protocol):
         ...
 
 
-def first_reasons(filters: Sequence[FittedFilter], scores: Scores) -> list[RejectReason | None]:
-    """The verdict of several filters: for each row the reason of the first filter that has one."""
+def first_reasons(
+    filters: Sequence[FittedFilter], scores: Scores, num_rows: int
+) -> list[RejectReason | None]:
+    """The verdict of any number of filters: for each row the reason of the first filter that has one."""
     verdicts = [item.verdict(scores) for item in filters]
-    return [next((reason for reason in row if reason is not None), None) for row in zip(*verdicts)]
+    return [
+        next((verdict[row] for verdict in verdicts if verdict[row] is not None), None)
+        for row in range(num_rows)
+    ]
 
 
 def digest_rows(rows: Sequence[TrainingRow]) -> str:

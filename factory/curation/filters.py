@@ -8,6 +8,7 @@ wherever a bound depends on the class.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -53,6 +54,8 @@ class DegenerateMask:
         max_border_contact: fraction of the mask's boundary on the image border, above the greatest that a
             training row of the class has.
     """
+
+    ENTERS_SCORES: ClassVar[tuple[str, ...]] = ("quantile", "area_margin")
 
     quantile: float = 0.01
     area_margin: float = 1.5
@@ -175,6 +178,9 @@ class BlankImage:
         saturation_margin: fraction of pixels at 0 or 255 above that of the training images.
         roughness_margin: how far the roughness may go from the training images' towards white noise, 0 … 1.
     """
+
+    ENTERS_SCORES: ClassVar[tuple[str, ...]] = ()
+    REFITTED: ClassVar[tuple[str, ...]] = ("quantile",)
 
     quantile: float = 0.01
     margin: float = 3.0

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,6 +39,8 @@ class MaskFidelity:
         min_rows: real images that a class and size quartile must have to be compared with; below, all lesions of the
             class are, and below that all lesions.
     """
+
+    ENTERS_SCORES: ClassVar[tuple[str, ...]] = ("min_rows",)
 
     quantile: float = 0.05
     min_dice: float | None = None

@@ -1,11 +1,12 @@
 """Verdicts of the stream's filters again, from the scores that every row stores, with other thresholds.
 
-No image is read and no GPU used. Only what a filter compares its scores with can change; what enters the scores
-themselves (quantiles of training images, which references) cannot.
+No synthetic image is read and no GPU used. Only what a filter compares its scores with can change: a threshold, or a
+bound that is fitted again on the real training rows (`REFITTED` of a filter). What entered the scores themselves
+(`ENTERS_SCORES`: which references, ranges of training masks) cannot.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ import numpy as np
 from factory.curation.filter_batch import FittedFilter, first_reasons
 from schemas.sample import RejectReason
 
-_FITTED = ("quantile", "min_references", "region")
-"""Fields of filters that enter fitting or scoring."""
+_UNDECLARED = ("quantile", "min_references", "region")
+"""Fields taken to enter the scores of a filter that does not say which do."""
 _NOT_A_FILTERS = (
     RejectReason.ANNOTATION_FAILED,
     RejectReason.DUPLICATE_OF_SYNTHETIC,
@@ -50,39 +51,61 @@ class Override:
             ) from None
 
 
-def with_thresholds(filters: Sequence[Any], overrides: Sequence[Override]) -> tuple[Any, ...]:
-    """The fitted filters with thresholds replaced.
+def with_thresholds(
+    filters: Sequence[Any], overrides: Sequence[Override], refit: Callable[[Any], Any] | None = None
+) -> tuple[Any, ...]:
+    """The fitted filters with thresholds replaced. A value that is in force already changes nothing.
+
+    Args:
+        filters: fitted, in the recipe's order.
+        overrides: applied one after the other.
+        refit: fits a filter on the real training rows again, for bounds that come from them.
 
     Raises:
-        ValueError: no such filter or field, a field that enters the scores, or a value that the filter refuses.
+        ValueError: no such filter or field, another value of a field that entered the scores, or a value that the
+            filter refuses.
     """
     changed = list(filters)
     for item in overrides:
-        places = [k for k, fitted in enumerate(changed) if type(fitted.source).__name__ == item.filter]
+        named = {k: type(f.source).__name__ for k, f in enumerate(changed) if hasattr(f, "source")}
+        places = [k for k, name in named.items() if name == item.filter]
         if not places:
-            names = ", ".join(sorted({type(fitted.source).__name__ for fitted in changed}))
+            names = ", ".join(sorted(set(named.values())))
             raise ValueError(f"--threshold {item.filter}.{item.field}: the recipe's filters are {names}")
         for place in places:
-            source = changed[place].source
-            fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
-            usable = [
-                name
-                for name, value in fields.items()
-                if name not in _FITTED and isinstance(value, (int, float))
-            ]
-            if item.field not in usable:
-                why = (
-                    "enters the scores, so images would have to be scored again"
-                    if item.field in fields
-                    else "is not there"
-                )
-                raise ValueError(
-                    f"--threshold {item.filter}.{item.field}: that field {why}; there are {', '.join(usable)}"
-                )
-            value = int(item.value) if isinstance(fields[item.field], int) else item.value
-            replaced = dataclasses.replace(source, **{item.field: value})
-            changed[place] = dataclasses.replace(changed[place], source=replaced)
+            changed[place] = _with_threshold(changed[place], item, refit)
     return tuple(changed)
+
+
+def _with_threshold(fitted: Any, item: Override, refit: Callable[[Any], Any] | None) -> Any:
+    source = fitted.source
+    values = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    value = int(item.value) if isinstance(values.get(item.field), int) else item.value
+    if item.field in values and values[item.field] == value:
+        return fitted
+    entering = getattr(source, "ENTERS_SCORES", _UNDECLARED)
+    usable = [
+        name
+        for name, now in values.items()
+        if name not in entering and (now is None or isinstance(now, (int, float)))
+    ]
+    if item.field not in usable:
+        why = (
+            "entered the scores, so images would have to be scored again"
+            if item.field in values
+            else "is not there"
+        )
+        raise ValueError(
+            f"--threshold {item.filter}.{item.field}: that field {why}; there are {', '.join(usable)}"
+        )
+    replaced = dataclasses.replace(source, **{item.field: value})
+    if item.field in getattr(source, "REFITTED", ()):
+        if refit is None:
+            raise ValueError(
+                f"--threshold {item.filter}.{item.field}: the bound comes from the real training rows; give them"
+            )
+        return refit(replaced)
+    return dataclasses.replace(fitted, source=replaced)
 
 
 def score_columns(scores: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
@@ -103,7 +126,7 @@ def judge_again(
     """
     if not reasons:
         return []
-    verdicts = first_reasons(filters, scores) if filters else [None] * len(reasons)
+    verdicts = first_reasons(filters, scores, len(reasons))
     return [
         old if old in _NOT_A_FILTERS else (None if new is None else str(new))
         for old, new in zip(reasons, verdicts, strict=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class SimilarityBand:
         min_references: classes with fewer independent references are not judged, and say so.
         region: "frame", or "lesion" for the crop around the mask.
     """
+
+    ENTERS_SCORES: ClassVar[tuple[str, ...]] = ("min_references", "region")
 
     lower: float = 0.005
     upper: float = 0.995

@@ -61,7 +61,17 @@ def write_card(root: Path, facts: CardFacts) -> None:
 
 def card_text(facts: CardFacts) -> str:
     """The card as Markdown."""
-    sections = (_front_matter, _counts, _left_out, _sources, _making, _copies, _reproduce, _files)
+    sections = (
+        _front_matter,
+        _counts,
+        _left_out,
+        _sources,
+        _making,
+        _curation,
+        _copies,
+        _reproduce,
+        _files,
+    )
     return "\n\n".join("\n".join(section(facts)) for section in sections) + "\n"
 
 
@@ -204,6 +214,42 @@ def _making(facts: CardFacts) -> Iterator[str]:
         yield f"  - made by version {_cell(plan['code_version'])}"
         for name, digest in sorted(plan["weights"].items()):
             yield f"  - weights {_cell(name)} `{_cell(digest)}`"
+
+
+def _curation(facts: CardFacts) -> Iterator[str]:
+    """How duplicates were searched, which classes fell short, and which thresholds were changed afterwards."""
+    found = curation_record(facts.selection.synthetic, facts.tag)
+    yield "## Curation"
+    yield ""
+    if found is None:
+        yield "Not curated."
+        return
+    record = found[1]
+    searched = record.get("deduplication")
+    if searched is None:
+        yield "- near-duplicates among synthetic rows: not searched, or not recorded"
+    else:
+        recall = searched.get("recall")
+        if recall is not None:
+            told = f"recall {recall:.3f}, of {searched['recall_pairs']} pairs that an exact search of "
+            told += f"{searched['recall_rows']} sampled rows finds"
+        elif "recall_rows" in searched:
+            told = f"recall unknown: {searched['recall_rows']} sampled rows have no pair"
+        else:
+            told = "recall not measured: exact" if searched["method"] == "exact" else "recall not measured"
+        yield f"- near-duplicates among synthetic rows: {_cell(searched['method'])} search, {told}"
+    for name, value in sorted((record.get("duplicate_limits") or {}).items()):
+        yield f"- duplicates of class {_cell(name)}: cosine of {value:.4f} or more"
+    for floor in record.get("floors") or ():
+        kept = f", {floor['kept']} duplicates kept for it" if floor["kept"] else ""
+        yield (
+            f"- class {_cell(floor['label'])} fell below the floor of {floor['min_share']:.0%} accepted rows: "
+            f"{floor['accepted']} of {floor['rows']}{kept}; {'met' if floor['met'] else 'not met'}"
+        )
+    rejudged = record.get("rejudged")
+    if rejudged is not None:
+        thresholds = ", ".join(f"`{_cell(text)}`" for text in rejudged["thresholds"]) or "the recipe's own"
+        yield f"- judged again from stored scores with thresholds {thresholds}: {rejudged['changed']} verdicts changed"
 
 
 def _copies(facts: CardFacts) -> Iterator[str]:

@@ -374,7 +374,7 @@ class FinishStage:
         for item in self.settings.filters:
             columns |= item.score(batch)
         scores = [{name: float(values[i]) for name, values in columns.items()} for i in range(len(rows))]
-        reasons = first_reasons(self.settings.filters, columns)
+        reasons = first_reasons(self.settings.filters, columns, len(rows))
         failed = RejectReason.ANNOTATION_FAILED
         reasons = [failed if row["annotation_failed"] else reason for row, reason in zip(rows, reasons)]
         return scores, [None if reason is None else reason.value for reason in reasons]

@@ -130,8 +130,9 @@ def test_first_filter_with_a_reason_speaks(rows: list[TrainingRow]) -> None:
     bad = dataclasses.replace(rows[0], label=0, image=np.zeros((96, 96), np.uint8), mask=disc(0.5) * 0)
     batch = batch_of([bad])
     scores = mask.score(batch) | blank.score(batch)
-    assert first_reasons([mask, blank], scores) == [RejectReason.EMPTY_MASK]
-    assert first_reasons([blank, mask], scores) == [RejectReason.BLANK_IMAGE]
+    assert first_reasons([mask, blank], scores, 1) == [RejectReason.EMPTY_MASK]
+    assert first_reasons([blank, mask], scores, 1) == [RejectReason.BLANK_IMAGE]
+    assert first_reasons([], {}, 2) == [None, None]
 
 
 def test_batch_refuses_fields_of_different_length(rows: list[TrainingRow]) -> None:

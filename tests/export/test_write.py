@@ -137,6 +137,38 @@ def test_without_a_copy_test_the_card_says_not_checked(tmp_path: Path) -> None:
     assert '{"p_value": 0.4}' in section and "not checked" not in section
 
 
+def test_the_card_tells_how_the_table_was_curated(tmp_path: Path) -> None:
+    uri = write_synthetic(tmp_path)
+    found = json.loads(open_table(uri).metadata["curation.curated-1"])
+    floor = {"label": "benign", "rows": 20, "accepted": 3, "kept": 2, "min_share": 0.25, "met": True}
+    searched = {"method": "clustered", "recall": 0.987, "recall_pairs": 457, "recall_rows": 1000}
+    found |= {
+        "deduplication": searched, "duplicate_limits": {"benign": 0.95},
+        "floors": [floor, floor | {"label": "mal|ignant", "kept": 0, "met": False}],
+        "rejudged": {"thresholds": ["BlankImage.margin=5"], "changed": 4},
+    }  # fmt: skip
+
+    def section(name: str, record: dict) -> str:
+        open_table(uri).set_metadata({"curation.curated-1": json.dumps(record)})
+        export(uri, tmp_path / name)
+        return (tmp_path / name / "README.md").read_text().split("## Curation")[1].split("\n##")[0]
+
+    text = section("all", found)
+    for said in (
+        "clustered search, recall 0.987, of 457 pairs that an exact search of 1000 sampled rows finds",
+        "duplicates of class benign: cosine of 0.9500 or more",
+        "class benign fell below the floor of 25% accepted rows: 3 of 20, 2 duplicates kept for it; met",
+        "class mal\\|ignant fell below the floor of 25% accepted rows: 3 of 20; not met",
+        "judged again from stored scores with thresholds `BlankImage.margin=5`: 4 verdicts changed",
+    ):
+        assert said in text, said
+    exact = section("exact", found | {"deduplication": {"method": "exact", "recall": None}, "rejudged": None})
+    assert "exact search, recall not measured: exact" in exact and "judged again" not in exact
+    unknown = {"method": "clustered", "recall": None, "recall_rows": 900, "recall_pairs": 0}
+    assert "recall unknown: 900 sampled rows" in section("unknown", found | {"deduplication": unknown})
+    assert "not searched, or not recorded" in section("old", {})
+
+
 def test_hostile_names_stay_inside_their_cells(tmp_path: Path) -> None:
     from export_tables import DIM, synthetic_sample
 

@@ -461,7 +461,7 @@ def test_verdicts_of_the_stream_are_judged_again_from_stored_scores(
     scores: dict[str, np.ndarray] = {}
     for item in filters:
         scores |= item.score(batch)
-    stream = first_reasons(filters, scores)
+    stream = first_reasons(filters, scores, len(images))
     rows = [
         Row(image, mask, stream=None if reason is None else str(reason), scores={n: float(v[k]) for n, v in scores.items()})
         for k, (image, mask, reason) in enumerate(zip(images, masks, stream))
