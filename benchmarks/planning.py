@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = 1000
 ROWS_PER_FRAGMENT = 50_000
-BLOCKS = 20_000
 ODD = 0x9E3779B97F4A7C15F39CC0605CEDC835
 
 
@@ -85,15 +84,15 @@ def fill(uri: str, size: int) -> dict:
 def plan(uri: str, size: int) -> dict:
     """The bitmap of what is asked for, and the read tasks of the stream over all of it."""
     from factory.storage import IndexSet
-    from jobs.synthesis_stream import request_source
+    from jobs.synthesis_stream import request_source, rows_per_block
 
     before = rss_mb()
     start = time.perf_counter()
     requested = IndexSet.of(make_plan().index_blocks(wanted_counts(size)))
     bitmap_seconds = time.perf_counter() - start
-    tasks = request_source(requested, stage=None).get_read_tasks(min(-(-size // 32), BLOCKS))
+    tasks = request_source(requested, rows_per_block(size, 32)).get_read_tasks(1)
     seconds = time.perf_counter() - start
-    assert sum(task.metadata.num_rows or 0 for task in tasks) == size
+    assert sum(task.metadata.num_rows or 0 for task in tasks) == -(-size // rows_per_block(size, 32))
     return {
         "seconds": seconds,
         "bitmap_seconds": bitmap_seconds,

@@ -7,7 +7,8 @@ The real stream of `factory synthesize` (Ray Data, intent log, fragment writers,
 the place of synthesizer and embedder that make rows without computing: what is left is the machine's own cost. With
 --seconds-per-batch each of --actors waits as long as a GPU would compute, which takes no CPU, so that many nodes can be
 simulated on one machine; the rate that was possible (actors × batch / seconds) is the peer. Every ten seconds: rows done,
-memory of driver, workers and object store. The job is stopped at the time given, committed and audited.
+memory of driver, workers and object store, processor seconds of each kind of process (what benchmarks/scaling.py predicts
+larger clusters from). The job is stopped at the time given, committed and audited.
 """
 
 import argparse
@@ -107,6 +108,46 @@ def _filled(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+class CpuByRole:
+    """Processor seconds that this process and its descendants have used since the start, by role.
+
+    A process that ends keeps what was last seen of it, so call it every few seconds.
+    """
+
+    ROLES = ("driver", "synthesizer", "embedder", "tasks", "raylet", "gcs", "other")
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[str, float]] = {}
+
+    def __call__(self) -> dict[str, float]:
+        """Seconds by role; tasks draw requests and write fragments, other is Ray's agents and monitors."""
+        driver = psutil.Process()
+        for process in (driver, *driver.children(recursive=True)):
+            try:
+                times = process.cpu_times()
+                role = "driver" if process == driver else self._role(process.cmdline())
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            before = self._seen.get(process.pid, (role, 0.0))[0]
+            # A worker that waits is titled ray::IDLE: it has the role it was first seen to work in.
+            self._seen[process.pid] = (role if before == "tasks" else before, times.user + times.system)
+        totals = dict.fromkeys(self.ROLES, 0.0)
+        for role, seconds in self._seen.values():
+            totals[role] += seconds
+        return totals
+
+    @staticmethod
+    def _role(command: list[str]) -> str:
+        title = command[0] if command else ""
+        for part, role in (("_SynthesisActor", "synthesizer"), ("_FinishActor", "embedder")):
+            if title.startswith("ray::") and part in title:
+                return role
+        if title.startswith("ray::") and "Agent" not in title and "StatsActor" not in title:
+            return "tasks"
+        name = Path(title).name
+        return {"raylet": "raylet", "gcs_server": "gcs"}.get(name, "other")
+
+
 def memory() -> dict[str, float]:
     """Resident memory of the driver, of all Ray processes, and bytes of the object store in use; MB."""
     import ray
@@ -132,7 +173,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One soak into a fresh table."""
     from factory.storage import Committer, FragmentRecord, IndexSet, create_table
     from jobs.cluster import configure_data, start_ray
-    from jobs.synthesis_stream import StreamSettings, stream
+    from jobs.synthesis_stream import StreamSettings, rows_per_block, stream
     from schemas.sample import synthetic_schema
 
     uri = str(folder / "soak.lance")
@@ -149,10 +190,12 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     samples: list[dict[str, float]] = []
     done = 0
+    cpu = CpuByRole()
     committer = Committer(uri, plan_id=PLAN.plan_id, run_id="soak", rows_per_commit=args.rows_per_commit,
                           seconds_per_commit=60.0)  # fmt: skip
     with start_ray(num_cpus=2), committer:
         configure_data()
+        asked = time.perf_counter()
         rows = stream(
             wanted, Requests(plan=PLAN), WaitingSettings(seconds_per_batch=args.seconds_per_batch),  # type: ignore[arg-type]
             RowSettings(plan=PLAN), settings, uri=uri, run_id="soak", storage_options={},  # type: ignore[arg-type]
@@ -165,7 +208,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             first = first or now
             if last is None or now - last >= SAMPLE_SECONDS:
                 last = now
-                samples.append({"seconds": now - first, "rows": done, **memory()})
+                used = {f"cpu_{role}": seconds for role, seconds in cpu().items()}
+                machine = psutil.cpu_times()
+                used["cpu_machine"] = machine.user + machine.nice + machine.system
+                samples.append({"seconds": now - first, "rows": done, **memory(), **used})
                 print(" ".join(f"{key}={value:.0f}" for key, value in samples[-1].items()), flush=True)
             if now - first >= 60 * args.minutes:
                 break
@@ -173,7 +219,13 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - (first or 0.0)
         committer.commit()
         audit = committer.audit(wanted)
-    return {**_summary(samples, done, seconds, args), "audit": audit.line(), "samples": samples}
+    return {
+        **_summary(samples, done, seconds, args),
+        "seconds_to_first_row": (first or now) - asked,
+        "rows_per_block": rows_per_block(args.rows, args.batch_size),
+        "audit": audit.line(),
+        "samples": samples,
+    }
 
 
 def _summary(
@@ -194,9 +246,28 @@ def _summary(
         "rows": done,
         "seconds": seconds,
         "rows_per_second": rate,
+        **costs(settled),
         "possible_rows_per_second": possible,
         "share_of_possible": None if possible is None else rate / possible,
         "growth_mb_per_minute": growth,
+    }
+
+
+def costs(samples: list[dict[str, float]]) -> dict[str, Any]:
+    """Rate, processor seconds per row and processors in use by role, between the first and the last sample.
+
+    The processors that other programs of the machine used meanwhile say how quiet it was.
+    """
+    if len(samples) < 2:
+        return {}
+    first, last = samples[0], samples[-1]
+    rows, seconds = last["rows"] - first["rows"], last["seconds"] - first["seconds"]
+    used = {role: last[f"cpu_{role}"] - first[f"cpu_{role}"] for role in CpuByRole.ROLES}
+    return {
+        "settled_rows_per_second": rows / seconds,
+        "cpu_seconds_per_row": {role: value / max(rows, 1) for role, value in used.items()},
+        "cpus_in_use": {role: value / seconds for role, value in used.items()},
+        "cpus_of_others": (last["cpu_machine"] - first["cpu_machine"] - sum(used.values())) / seconds,
     }
 
 

@@ -115,6 +115,7 @@ _OPERATOR_ERRNOS = frozenset(
         errno.EISDIR,
         errno.EEXIST,
         errno.EROFS,
+        errno.EIO,
         errno.ENOSPC,
         errno.EDQUOT,
         errno.ENAMETOOLONG,

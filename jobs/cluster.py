@@ -16,6 +16,8 @@ from pathlib import Path
 NO_PROGRESS_TIMEOUT_SECONDS = 6 * 3600
 """Ray Data fails a job that makes no progress for this long. Its default of 30 minutes would fail a job that
 waits for GPUs to be granted or that computes one large batch."""
+GROWTH_VARIABLES = {"CPU": "FACTORY_MAX_CPUS", "GPU": "FACTORY_MAX_GPUS"}
+"""Variables of the head that say how large an autoscaling cluster may become; cluster.yaml sets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
                 dashboard_host="127.0.0.1",
                 **options,
             )
-    resources, growth = ray.cluster_resources(), _autoscaler_limits()
+    resources, growth = ray.cluster_resources(), _autoscaler_limits() if address else {}
     num_cpus, num_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     return RayHandle(
         num_cpus=num_cpus,
@@ -114,10 +116,25 @@ def _node_cpus() -> Iterator[float]:
 
 
 def _autoscaler_limits() -> Mapping[str, float]:
-    """Resources of the cluster at its largest, as its autoscaler was told; empty where none runs."""
+    """Resources of the cluster at its largest; empty where nothing says that it grows.
+
+    From `GROWTH_VARIABLES`: Ray keeps a place for what its autoscaler was told, and its own autoscalers leave it empty.
+
+    Raises:
+        ValueError: a variable that is no number.
+    """
     from ray._private.state import state
 
-    return state.get_max_resources_from_cluster_config() or {}
+    found: dict[str, float] = {}
+    for resource, name in GROWTH_VARIABLES.items():
+        value = os.environ.get(name, "")
+        try:
+            found |= {resource: float(value)} if value else {}
+        except ValueError as error:
+            raise ValueError(
+                f"{name}={value}: want the number of {resource}s of the cluster at its largest"
+            ) from error
+    return found or state.get_max_resources_from_cluster_config() or {}
 
 
 @contextlib.contextmanager

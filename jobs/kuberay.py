@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from jobs.submission import ROOT, SUBMITTABLE, Command, parse_command
+from jobs.cluster import GROWTH_VARIABLES
+from jobs.submission import ROOT, SUBMITTABLE, SUBMITTABLE_VERBS, Command, parse_command, path_key
 
 CODE_FOLDER = "/app"
 SHARED_FOLDER = "/shared"
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str]) -> Args:
     parser.add_argument("--claim", default=Args.claim, help="persistent volume claim for /shared")
     parser.add_argument("--secret", help="secret whose keys become environment variables")
     parser.add_argument("--cluster", default=Args.cluster, metavar="FILE", help="file with the values")
-    parser.add_argument("verb", choices=list(SUBMITTABLE), metavar="VERB", help=", ".join(SUBMITTABLE))
+    parser.add_argument("verb", choices=SUBMITTABLE_VERBS, metavar="VERB", help=", ".join(SUBMITTABLE_VERBS))
     parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="…", help="arguments of the verb")
     found = vars(parser.parse_args(list(argv)))
     return Args(**found | {"argv": tuple(found["argv"])})
@@ -124,9 +125,10 @@ def _checked(command: Command) -> Command:
     """
     for field in SUBMITTABLE[command.verb].paths:
         found = getattr(command.args, field)
-        for value in found if isinstance(found, tuple) else (found,):
-            inside = ".." not in Path(value or "").parts and Path(value or "").is_relative_to(SHARED_FOLDER)
-            if value and "://" not in str(value) and not inside:
+        for value in filter(None, found if isinstance(found, tuple) else (found,)):
+            path = Path(value.removeprefix(path_key(value)))
+            inside = ".." not in path.parts and path.is_relative_to(SHARED_FOLDER)
+            if "://" not in value and not inside:
                 raise ValueError(
                     f"{field} {value}: lies in one container only; name a URI (s3://…) or a path below {SHARED_FOLDER}"
                 )
@@ -183,7 +185,7 @@ def _pod(args: Args, role: str, node: Mapping[str, Any], config: Mapping[str, An
 
 
 def variables(config: Mapping[str, Any]) -> dict[str, str]:
-    """FACTORY_STORAGE and MLFLOW_TRACKING_URI as cluster.yaml sets them, and where the program lies.
+    """FACTORY_STORAGE and MLFLOW_TRACKING_URI as cluster.yaml sets them, its growth, and where the program lies.
 
     Raises:
         ValueError: the file does not set them.
@@ -192,7 +194,25 @@ def variables(config: Mapping[str, Any]) -> dict[str, str]:
     for name in ("FACTORY_STORAGE", "MLFLOW_TRACKING_URI"):
         if name not in found:
             raise ValueError(f"cluster file: initialization_commands set no {name}")
-    return {**dict(sorted(found.items())), "PYTHONPATH": CODE_FOLDER, "PYTHONUNBUFFERED": "1"}
+    return {
+        **dict(sorted(found.items())),
+        **growth(config),
+        "PYTHONPATH": CODE_FOLDER,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def growth(config: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that tell a job how large the cluster may become: the sum over its node types."""
+    sums = {
+        resource: sum(
+            node["resources"].get(resource, 0) * int(node.get("max_workers", config["max_workers"]))
+            for name, node in config["available_node_types"].items()
+            if name != config["head_node_type"]
+        )
+        for resource in GROWTH_VARIABLES
+    }
+    return {GROWTH_VARIABLES[resource]: str(amount) for resource, amount in sums.items()}
 
 
 def ray_version() -> str:

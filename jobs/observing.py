@@ -187,17 +187,6 @@ def _gauges() -> dict[str, Any]:
     }
 
 
-def log_file(table: str, run_id: str) -> Path | None:
-    """Where the lines about a run over `table` are kept: in the ledger of a local table, nowhere for another."""
-    from factory.storage import is_remote, ledger_folder
-
-    if is_remote(table):
-        return None
-    path = Path(ledger_folder(table)) / "log" / f"{run_id}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def states_of(executor: Any, stages: Sequence[Stage]) -> dict[str, StageState]:
     """States of the stages in a running Ray Data executor.
 

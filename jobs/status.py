@@ -1,8 +1,12 @@
 """How far the plans of a synthetic table are: from the table and its ledger, so also while a job runs or after it died.
 
-factory status synthetic.lance
+    factory status synthetic.lance
+
+Of a plan that is not done, also what its job reported last, and how long ago: rows per second, time left, and how busy
+and how long the queue of each stage was. Jobs report once a minute, beside tables in a file system.
 """
 
+import datetime
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +16,7 @@ import tyro
 
 if TYPE_CHECKING:
     from factory.storage import PlanStatus, Table
+    from jobs.stream_log import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +76,8 @@ def _requested(table: "Table", plan_id: str, record: dict[str, Any]) -> Any:
     return requested
 
 
-def lines(record: dict[str, Any], status: "PlanStatus") -> Iterator[str]:
-    """What is printed of one plan."""
+def lines(record: dict[str, Any], status: "PlanStatus", report: "Report | None" = None) -> Iterator[str]:
+    """What is printed of one plan; of one that is not done, also the latest report of its job."""
     found = status.reconciliation
     share = 1.0 if not found.requested else 1 - found.pending / found.requested
     yield f"plan {status.plan_id}: recipe {record['recipe']}, seed {record['seed']}, {share:.0%} done"
@@ -86,14 +91,18 @@ def lines(record: dict[str, Any], status: "PlanStatus") -> Iterator[str]:
         yield f"  being written by {status.writer}"
     elif found.pending:
         yield "  nobody works on it: the same `factory synthesize` command makes what is missing"
+    if report is not None and (status.writer or found.pending):
+        yield from (f"  {line}" for line in report.lines(datetime.datetime.now(datetime.UTC)))
 
 
 def command(argv: Sequence[str]) -> int:
     """`factory status`; exit status 1 where requests are pending."""
+    from jobs.stream_log import last_report
+
     args = tyro.cli(Args, args=list(argv), prog="factory status", description=__doc__)
     plans = run(args)
     if not plans:
         print(f"{args.table}: no plan yet")
     for record, status in plans:
-        print("\n".join(lines(record, status)))
+        print("\n".join(lines(record, status, last_report(args.table, status.plan_id))))
     return 0 if all(status.reconciliation.complete for _, status in plans) else 1

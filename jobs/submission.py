@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import logging
 import os
+import re
 import shlex
 import sys
 import zipfile
@@ -32,27 +33,48 @@ class Submittable:
     """A verb that a cluster can run.
 
     Attributes:
-        paths: fields of its `Args` that are always files, folders or tables.
+        paths: fields of its `Args` that are always files, folders or tables; of 0=TABLE, the table.
         positionals: fields of its `Args` that come without an option name, in order.
+        folders: those of `paths` that are plain files or folders of them, which a URI cannot name.
+        module: where its `Args` are, if not in jobs.VERB.
     """
 
     paths: tuple[str, ...]
     positionals: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    module: str = ""
 
 
 SUBMITTABLE: dict[str, Submittable] = {
     "prepare": Submittable(paths=("path", "out", "embedder_weights"), positionals=("layout", "path")),
     "caption": Submittable(paths=("real", "out", "captions")),
-    "train": Submittable(paths=("real", "out", "adapt_from")),
+    "train": Submittable(paths=("real", "out", "adapt_from"), folders=("out", "adapt_from")),
     "heal": Submittable(paths=("generator", "real", "out")),
     "synthesize": Submittable(paths=("generator", "real", "out", "adapters")),
     "curate": Submittable(paths=("table", "real"), positionals=("table",)),
+    "explore ratio": Submittable(
+        paths=("real", "synthetic", "fold_table", "weights", "out"),
+        folders=("weights", "out"),
+        module="tune.explore_ratio",
+    ),
+    "explore sampler": Submittable(
+        paths=("real", "synthetic", "weights", "out"),
+        folders=("weights", "out"),
+        module="tune.explore_sampler",
+    ),
 }
+"""By verb, or by verb and the word that follows it where the verb has several forms."""
+SUBMITTABLE_VERBS = tuple(dict.fromkeys(name.split()[0] for name in SUBMITTABLE))
+"""The first words of `SUBMITTABLE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A verb with its arguments, parsed and checked."""
+    """A verb with its arguments, parsed and checked.
+
+    Attributes:
+        verb: a key of `SUBMITTABLE`.
+    """
 
     verb: str
     args: Any
@@ -79,11 +101,11 @@ class Command:
 
     def entrypoint(self) -> str:
         """What the head's shell executes in the unpacked tree; every word is quoted."""
-        return shlex.join(["python", "-m", "jobs.cli", self.verb, *self.argv()])
+        return shlex.join(["python", "-m", "jobs.cli", *self.verb.split(), *self.argv()])
 
     def line(self) -> str:
         """The command as a user types it, without secrets."""
-        return redact(shlex.join(["factory", self.verb, *self.argv()]))
+        return redact(shlex.join(["factory", *self.verb.split(), *self.argv()]))
 
 
 def parse_command(verb: str, argv: Sequence[str], tree: Path) -> Command:
@@ -93,9 +115,11 @@ def parse_command(verb: str, argv: Sequence[str], tree: Path) -> Command:
         ValueError: a verb that only makes sense on this machine, unknown recipe or option, an `--address`.
         SystemExit: a value of the wrong type (the parser has said so).
     """
+    if verb in SUBMITTABLE_VERBS and verb not in SUBMITTABLE:
+        verb, argv = " ".join([verb, *argv[:1]]), argv[1:]
     if verb not in SUBMITTABLE:
         raise ValueError(f"{verb!r} cannot be submitted; the cluster runs {', '.join(SUBMITTABLE)}")
-    module = importlib.import_module(f"jobs.{verb}")
+    module = importlib.import_module(SUBMITTABLE[verb].module or f"jobs.{verb}")
     if hasattr(module, "parse"):
         args = module.parse(argv)
     elif "overrides" in {field.name for field in dataclasses.fields(module.Args)}:
@@ -112,6 +136,12 @@ def parse_command(verb: str, argv: Sequence[str], tree: Path) -> Command:
                 f"--{name.replace('_', '-')} of {verb}: a submitted job joins the cluster it is submitted to; leave it "
                 "out, or name the cluster before the verb: factory submit --address URL …"
             )
+    for name in SUBMITTABLE[verb].folders:
+        if "://" in str(getattr(args, name)):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: plain files, which no bucket holds; name a path that "
+                "every node mounts, such as /shared/…"
+            )
     overrides = tuple(getattr(args, "overrides", ()))
     if hasattr(args, "recipe"):
         from jobs.recipe_args import parse_recipe
@@ -120,6 +150,12 @@ def parse_command(verb: str, argv: Sequence[str], tree: Path) -> Command:
         with contextlib.chdir(tree):
             parse_recipe(args.recipe, overrides)
     return Command(verb=verb, args=args, overrides=overrides)
+
+
+def path_key(value: str) -> str:
+    """What stands before a path that is given by number: "0=" of 0=fold0.lance, else nothing."""
+    found = re.match(r"\d+=", value)
+    return found.group() if found else ""
 
 
 def with_paths(command: Command, *, tree: Path, sent: Sequence[str], shared: bool) -> Command:
@@ -134,6 +170,8 @@ def with_paths(command: Command, *, tree: Path, sent: Sequence[str], shared: boo
     """
 
     def place(option: str, value: str, always: bool) -> str:
+        if always and (key := path_key(value)):
+            return key + place(option, value.removeprefix(key), True)
         path = Path(value).expanduser()
         if not value or "://" in value or (not always and not path.exists()):
             return value

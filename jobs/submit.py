@@ -31,7 +31,7 @@ from jobs.job_server import (
 )
 from jobs.submission import (
     ROOT,
-    SUBMITTABLE,
+    SUBMITTABLE_VERBS,
     Command,
     Package,
     describe_environment,
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--working-dir", metavar="DIR", help="tree to send (default: this checkout)")
     parser.add_argument("--job-id", metavar="ID", help="id of the job; a used one is refused")
     parser.add_argument("--num-cpus", type=float, default=0.0, help="CPUs that the driver itself reserves")
-    parser.add_argument("verb", choices=list(SUBMITTABLE), metavar="VERB", help=", ".join(SUBMITTABLE))
+    parser.add_argument("verb", choices=SUBMITTABLE_VERBS, metavar="VERB", help=", ".join(SUBMITTABLE_VERBS))
     parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="…", help="arguments of the verb")
     return parser
 
@@ -234,6 +234,6 @@ def report_end(details: Any, sent: Command) -> int:
 
     status = exit_status(details)
     state = str(getattr(details.status, "value", details.status)).lower()
-    again = "; the same command goes on" if status and VERBS[sent.verb].resumes else ""
+    again = "; the same command goes on" if status and VERBS[sent.verb.split()[0]].resumes else ""
     print(f"job {details.submission_id} {state}, exit status {status}{again}")
     return status

@@ -27,9 +27,16 @@ if TYPE_CHECKING:
     from factory.storage import IndexSet
 
 CPUS_PER_TASK = 0.1
-"""Mask, prompt and writer tasks are short; the small share keeps them from waiting for the actors' CPUs."""
+"""Mask and prompt tasks are short; the small share keeps them from waiting for the actors' CPUs."""
+CPUS_PER_WRITER = 0.001
+"""Ray Data reserves CPUs for the first stages first, of what its autoscaler asked for, which is less than there is: on two
+CPUs a writer that wanted 0.1 waited until the reading had ended. Not 0: a head without CPUs is to run nothing."""
 MAX_BLOCKS = 20_000
 """Blocks of one stream: past this the driver's bookkeeping per block outweighs finer retries."""
+MAX_READ_TASKS = 500
+"""Read tasks of one stream: the driver stores all of them before the first row."""
+SHARE_SCHEMA = pa.schema([("first", pa.int64()), ("dtype", pa.string()), ("steps", pa.binary())])
+"""An `IndexShare`: first index, numpy's name of the type of the steps, the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +136,7 @@ class _FinishActor:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexShare:
-    """Increasing request indices of one read task, by their steps: a byte or two each, not eight.
+    """Increasing request indices of one block, by their steps: a byte or two each, not eight.
 
     Attributes:
         first: the first index.
@@ -145,20 +152,56 @@ class IndexShare:
         steps = np.diff(indices)
         return cls(first=int(indices[0]), steps=steps.astype(np.min_scalar_type(int(steps.max(initial=0)))))
 
+    def row(self) -> dict[str, Any]:
+        """As a row of `SHARE_SCHEMA`."""
+        return {"first": self.first, "dtype": self.steps.dtype.str, "steps": self.steps.tobytes()}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "IndexShare":
+        """The share of a row of `SHARE_SCHEMA`."""
+        return cls(first=row["first"], steps=np.frombuffer(row["steps"], row["dtype"]))
+
     def indices(self) -> np.ndarray:
         """The indices again, (N,) int64."""
         return self.first + np.concatenate([[0], np.cumsum(self.steps, dtype=np.int64)])
 
 
-def request_source(missing: "IndexSet", stage: Any) -> Any:
-    """The Ray Data source of the stream: each read task draws masks and prompts for its share of `missing`.
+def rows_per_block(num_requests: int, batch_size: int) -> int:
+    """Requests of one block: one batch, or where that made too many blocks, the least number of whole batches."""
+    num_batches = -(-num_requests // batch_size)
+    batches_per_block = -(-num_batches // MAX_BLOCKS)
+    return (
+        batches_per_block * batch_size if batches_per_block > 1 else -(-num_requests // max(num_batches, 1))
+    )
+
+
+def request_source(missing: "IndexSet", block_rows: int) -> Any:
+    """The Ray Data source of the stream: the indices of `missing` as one row of `SHARE_SCHEMA` for each block.
+
+    A read task holds many rows, of which Ray makes a block each (its `override_num_blocks` being the number of
+    rows): the driver stores every read task before the first may run, at a millisecond or more each.
 
     Args:
         missing: requests to make; never an array of all of them.
-        stage: reference to the RequestStage in the object store.
+        block_rows: requests of one block.
     """
     import ray
     from ray.data.block import BlockMetadata
+
+    rows = [IndexShare.of(block).row() for block in missing.blocks(block_rows)]
+    per_task = -(-len(rows) // min(len(rows), MAX_READ_TASKS))
+    tables = [
+        pa.Table.from_pylist(rows[start : start + per_task], schema=SHARE_SCHEMA)
+        for start in range(0, len(rows), per_task)
+    ]
+
+    def read_task(table: pa.Table) -> ray.data.ReadTask:
+        metadata = BlockMetadata(
+            num_rows=table.num_rows, size_bytes=table.nbytes, input_files=None, exec_stats=None
+        )
+        return ray.data.ReadTask(lambda: [table], metadata, schema=SHARE_SCHEMA)
+
+    tasks = [read_task(table) for table in tables]
 
     class Requests(ray.data.Datasource):
         def estimate_inmemory_data_size(self) -> int | None:
@@ -167,15 +210,17 @@ def request_source(missing: "IndexSet", stage: Any) -> Any:
         def get_read_tasks(
             self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
         ) -> list[ray.data.ReadTask]:
-            size = max(1, -(-len(missing) // parallelism))
-            return [_read_task(IndexShare.of(block)) for block in missing.blocks(size)]
-
-    def _read_task(share: IndexShare) -> ray.data.ReadTask:
-        num_rows = 1 + len(share.steps)
-        metadata = BlockMetadata(num_rows=num_rows, size_bytes=None, input_files=None, exec_stats=None)
-        return ray.data.ReadTask(lambda: [ray.get(stage)(share.indices())], metadata)
+            return tasks
 
     return Requests()
+
+
+def make_requests(shares: pa.Table, *, stage: Any) -> pa.Table:
+    """Masks and prompts of the requests of `shares`; `stage`: reference to the RequestStage in the object store."""
+    import ray
+
+    make = ray.get(stage)
+    return pa.concat_tables([make(IndexShare.of_row(row).indices()) for row in shares.to_pylist()])
 
 
 def write_rows(
@@ -220,7 +265,7 @@ def _rejected(rows: pa.Table) -> dict[str, int]:
 def stages(settings: StreamSettings) -> tuple[Stage, ...]:
     """The stages of the stream, for its observer."""
     return (
-        Stage(name="requests", operator="Requests"),
+        Stage(name="requests", operator="make_requests"),
         Stage(name="synthesizer", operator="_SynthesisActor", num_workers=settings.num_synthesizers),
         Stage(name="embedder", operator="_FinishActor", num_workers=settings.num_embedders),
         Stage(name="writer", operator="write_rows"),
@@ -242,16 +287,23 @@ def stream(
     import ray
 
     plan = request_stage.plan
-    num_blocks = min(-(-len(missing) // settings.batch_size), MAX_BLOCKS)
+    block_rows = rows_per_block(len(missing), settings.batch_size)
     rows_per_fragment = min(settings.rows_per_fragment, max(settings.batch_size, len(missing)))
     # A read task asks for a whole CPU by default, which the actor pools may leave nobody.
     source = ray.data.read_datasource(
-        request_source(missing, ray.put(request_stage)),
-        override_num_blocks=num_blocks,
+        request_source(missing, block_rows),
+        override_num_blocks=-(-len(missing) // block_rows),
         num_cpus=CPUS_PER_TASK,
     )
     dataset = (
         source.map_batches(
+            make_requests,
+            fn_kwargs={"stage": ray.put(request_stage)},
+            batch_size=1,  # rows of the source, each of which becomes a block
+            batch_format="pyarrow",
+            num_cpus=CPUS_PER_TASK,
+        )
+        .map_batches(
             _SynthesisActor,
             fn_constructor_args=(synthesizer, plan, uri, settings.max_tries, storage_options),
             batch_size=settings.batch_size,
@@ -282,7 +334,9 @@ def stream(
             },
             batch_size=rows_per_fragment,
             batch_format="pyarrow",
-            num_cpus=CPUS_PER_TASK,
+            # A writer is quicker than a synthesizer, so one for each is enough.
+            num_cpus=CPUS_PER_WRITER,
+            compute=ray.data.TaskPoolStrategy(size=max(2, settings.num_synthesizers)),
         )
     )
     yield from dataset.iter_rows()

@@ -33,6 +33,8 @@ from jobs.synthesis_plan import (
 if TYPE_CHECKING:
     from factory.storage import Committer, IndexSet
     from factory.tracking import Run
+    from jobs.cluster import RayHandle
+    from jobs.synthesis_stream import StreamSettings
     from schemas.regeneration import Attempts
 
 
@@ -171,16 +173,19 @@ def _make(
     """One pass of the stream over `missing`, observed and committed.
 
     Raises:
+        OSError: the storage is full, fails or stays away; what is committed stays.
         RuntimeError: more requests failed than the accounts allow; what is committed stays.
     """
     from factory.storage import FragmentRecord, resolve_options
-    from jobs.observing import StreamObserver, log_file, observing
+    from jobs.observing import StreamObserver, observing
     from jobs.progress import progress_bar
+    from jobs.stream_faults import storage_faults_of_tasks
+    from jobs.stream_log import log_file
     from jobs.synthesis_stream import stages, stream
 
     settings, synthesizer, finish = stage_settings
     lines = None if sys.stderr.isatty() else sys.stderr
-    log = log_file(args.out, run_id)
+    log = log_file(args.out, prepared.plan.plan_id, run_id)
     observer = StreamObserver("synthesize", len(missing), stages(settings), log=log, lines=lines)
     begin = time.perf_counter()
     stream_rows = stream(
@@ -195,6 +200,7 @@ def _make(
     )
     # Closed here, after an error too: a stream that ends after Ray did would start another.
     with (
+        storage_faults_of_tasks(),
         contextlib.closing(stream_rows) as rows,
         observing(observer),
         progress_bar("synthesize", len(missing)) as advance,
@@ -217,6 +223,16 @@ def _make(
                     f"{args.max_quarantined:.0%} allows; the last error: {row['last_error']}"
                 )
     committer.commit()
+
+
+def fit_to(handle: "RayHandle", settings: "StreamSettings") -> "StreamSettings":
+    """The settings for that cluster: where it grows, the pool begins with one synthesizer and asks for the others.
+
+    Raises:
+        ValueError: the pools would wait for ever, also when the cluster is at its largest.
+    """
+    settings.check(handle.max_cpus, handle.max_gpus, handle.node_cpus)
+    return dataclasses.replace(settings, min_synthesizers=1) if handle.grows else settings
 
 
 def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult:
@@ -259,10 +275,7 @@ def _run_stream(args: Args, prepared: Prepared, start: float) -> SynthesisResult
             with start_ray(args.address, args.num_cpus) as handle:
                 configure_data()
                 settings, synthesizer, finish = execution(args, prepared, handle.max_cpus, handle.max_gpus)
-                if handle.grows:
-                    settings = dataclasses.replace(settings, min_synthesizers=1)
-                settings.check(handle.max_cpus, handle.max_gpus, handle.node_cpus)
-                stages = (settings, synthesizer, finish)
+                stages = (fit_to(handle, settings), synthesizer, finish)
                 while len(missing):
                     _make(args, prepared, missing, stages, committer, tracked, accounts, run_id)
                     if len(committer.missing(requested)):

@@ -11,7 +11,13 @@ os.environ.setdefault("LANCE_LOG", "error")  # each nearest() without _distance 
 from factory.storage.access import TestAccess, test_accesses
 from factory.storage.committer import Committer, DroppedRecord
 from factory.storage.create import create_table, write_table
-from factory.storage.errors import DuplicateRequests, StorageFull, StorageUnreachable, TableDamaged
+from factory.storage.errors import (
+    DuplicateRequests,
+    StorageFailed,
+    StorageFull,
+    StorageUnreachable,
+    TableDamaged,
+)
 from factory.storage.index_set import IndexSet
 from factory.storage.integrity import Damage, check_table
 from factory.storage.lease import LeaseHeld, LeaseLost
@@ -48,6 +54,7 @@ __all__ = [
     "QuarantineLog",
     "QuarantinedRequest",
     "Reconciliation",
+    "StorageFailed",
     "StorageFull",
     "StorageUnreachable",
     "Table",

@@ -212,8 +212,8 @@ class Committer:
 
         Raises:
             LeaseLost: another process took over; nothing was committed.
-            StorageFull, StorageUnreachable, PermissionError: the table is as it was, or has the rows; the records
-                stay for the next run, which looks.
+            StorageFull, StorageFailed, StorageUnreachable, PermissionError: the table is as it was, or has the rows;
+                the records stay for the next run, which looks.
         """
         return self._commit()
 

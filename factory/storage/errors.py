@@ -1,6 +1,6 @@
 """Errors of the storage layer, said so that an operator knows what happened and what to do.
 
-Faults of an object store are of two kinds: it does not answer (`StorageUnreachable`: tried again for about a minute
+A file system that is full, forbidden or broken stops the job with one line. Faults of an object store are of two kinds: it does not answer (`StorageUnreachable`: tried again for about a minute
 and a half, said once), and it refuses (no such bucket, access denied: the job stops with one line).
 """
 
@@ -38,6 +38,11 @@ _FORBIDDEN = (
     "expiredtoken",
 )
 _NO_BUCKET = ("nosuchbucket", "no_such_bucket", "the specified bucket does not exist")
+_FAILED = re.compile(
+    r"lanceerror\(io\)|input/output error|not a directory|stale file handle|transport endpoint is not connected"
+    r"|\bos error (?:5|20|107|116)\b"
+)
+"""What a disk or share says that is broken, gone or no longer mounted."""
 _UNREACHABLE = re.compile(
     r"error sending request|network_connection|could not connect|connection (?:refused|reset|closed)|broken pipe"
     r"|timed? ?out|slow_?down|slow down|service_unavailable|internal_failure|request_timeout|throttl"
@@ -47,6 +52,10 @@ _UNREACHABLE = re.compile(
 
 class StorageFull(OSError):
     """The device that holds a table is full; what was committed before is intact."""
+
+
+class StorageFailed(OSError):
+    """A file system is broken or no longer there; what was committed before is as it was left on it."""
 
 
 class StorageUnreachable(OSError):
@@ -69,11 +78,12 @@ def storage_faults(uri: str, action: str) -> Iterator[None]:
         StorageFull: the device is full. The table is left as it was before `action`.
         PermissionError: the path may not be written or read, is mounted read-only, or a store refuses the credentials.
         FileNotFoundError: an object store has no such bucket.
+        StorageFailed: a file system fails or is gone.
         StorageUnreachable: an object store does not answer.
     """
     try:
         yield
-    except (StorageFull, StorageUnreachable, PermissionError):
+    except (StorageFull, StorageFailed, StorageUnreachable, PermissionError):
         raise
     except (OSError, RuntimeError, ValueError) as fault:
         text = str(fault).lower()
@@ -92,7 +102,27 @@ def storage_faults(uri: str, action: str) -> Iterator[None]:
             raise PermissionError(errno.EACCES, message) from fault
         if is_remote(uri):
             _raise_store_fault(uri, action, text, fault)
+        elif _FAILED.search(text):
+            raise StorageFailed(
+                errno.EIO,
+                f"cannot {action} {uri}: the storage fails ({_first_line(fault)}). What was committed is on it; mend it and "
+                "run the same command again to go on",
+            ) from fault
         raise
+
+
+def table_gone(uri: str, action: str) -> StorageFailed:
+    """The error of a table that was there when the job began."""
+    return StorageFailed(
+        errno.EIO,
+        f"cannot {action} {uri}: the table is not there any more. Mount or mend its storage and run the same command again "
+        "to go on",
+    )
+
+
+def _first_line(fault: BaseException) -> str:
+    """What the system said, without the place in Lance's source."""
+    return re.sub(r", /\S+\.rs:\d+.*", "", (str(fault).splitlines() or [type(fault).__name__])[0])
 
 
 def reliably(uri: str, action: str, attempt: Callable[[], _T]) -> _T:

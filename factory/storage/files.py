@@ -69,24 +69,27 @@ class LocalFiles:
 
     def get(self, name: str) -> bytes | None:
         """See `Files`."""
-        try:
-            return (self.folder / name).read_bytes()
-        except FileNotFoundError:
-            return None
+        with storage_faults(self._uri, "read the ledger of"):
+            try:
+                return (self.folder / name).read_bytes()
+            except FileNotFoundError:
+                return None
 
     def size(self, name: str) -> int | None:
         """See `Files`."""
-        try:
-            return (self.folder / name).stat().st_size
-        except FileNotFoundError:
-            return None
+        with storage_faults(self._uri, "look at"):
+            try:
+                return (self.folder / name).stat().st_size
+            except FileNotFoundError:
+                return None
 
     def names(self, folder: str) -> list[str]:
         """See `Files`."""
-        try:
-            paths = list((self.folder / folder).iterdir())
-        except FileNotFoundError:
-            return []
+        with storage_faults(self._uri, "list the ledger of"):
+            try:
+                paths = list((self.folder / folder).iterdir())
+            except FileNotFoundError:
+                return []
         return sorted(path.name for path in paths if not path.name.startswith("."))
 
     def delete(self, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from factory.storage.errors import DuplicateRequests, TableDamaged, reliably
+from factory.storage.errors import DuplicateRequests, TableDamaged, reliably, table_gone
 from factory.storage.files import Files, files_at, sync
 from factory.storage.ledger import Ledger
 from factory.storage.location import StorageOptions, lance_options, local_path
@@ -98,14 +98,20 @@ def write_fragment(
     Raises:
         DuplicateRequests: a request_id or request_index stands twice in `rows`.
         ValueError: no rows, rows of several plans, or columns that do not fit the table.
-        StorageFull, StorageUnreachable, PermissionError: nothing was recorded; the rows count as not made.
+        StorageFull, StorageFailed, StorageUnreachable, PermissionError: nothing was recorded; the rows count as not
+            made.
     """
     started = time.monotonic()
     plan_id, ids, indices = _checked(rows)
     if not run_id or not all(c.isalnum() or c in "-_" for c in run_id):
         raise ValueError(f"run_id {run_id!r}: only letters, digits, '-' and '_' may be used")
     options = lance_options(storage_options)
-    dataset = reliably(uri, "open", lambda: lance.dataset(uri, storage_options=options))
+    try:
+        dataset = reliably(uri, "open", lambda: lance.dataset(uri, storage_options=options))
+    except ValueError as fault:
+        if "was not found" not in str(fault):
+            raise
+        raise table_gone(uri, "write a fragment of") from fault
     ledger = Ledger(uri, plan_id, storage_options=storage_options, dataset=dataset)
     fragment = _write_data_file(uri, dataset, rows)
     record = FragmentRecord(

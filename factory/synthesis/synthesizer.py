@@ -5,6 +5,7 @@ its request alone: every random draw comes from generators seeded by the request
 neighbours change nothing but the last bits of batched arithmetic.
 """
 
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -152,7 +153,8 @@ class Synthesizer:
                 "leave --compile out"
             )
         if num_threads is not None:
-            torch.set_num_threads(num_threads)
+            # The share of a cluster's CPUs may be more than this machine has.
+            torch.set_num_threads(min(num_threads, os.cpu_count() or num_threads))
         self.batch_size = batch_size
         self.sampling, self.guidances, self.annotator = sampling, tuple(guidances), annotator
         self.colour, self.feather = colour, feather

@@ -19,10 +19,13 @@ __all__ = ["generator_folder", "real_table"]
 
 @pytest.fixture(scope="session")
 def fault_cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[FaultCluster]":
-    """A head and two nodes, started by the first case and healed before each."""
+    """A head and two nodes, started by the first case and healed before each.
+
+    Of five CPUs each: a training worker of three finds room on each beside the stream of a synthesis, and no two on one.
+    """
     from tests.cluster.faults import FaultCluster
 
-    with FaultCluster(tmp_path_factory.mktemp("faults")) as cluster:
+    with FaultCluster(tmp_path_factory.mktemp("faults"), cpus_per_node=5) as cluster:
         yield cluster
 
 

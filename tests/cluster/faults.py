@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from factory.synthesis.annotators import BoundRequestedMask, RequestedMask
 from tests.cluster.local_head import START_TRIES, LocalHead, LocalNode
 
 if TYPE_CHECKING:
+    import torch
+
     from factory.diffusion.guidance import DenoisingBatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,30 +47,78 @@ KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "none
 _batches = 0
 
 
+class Orders:
+    """What `Mortal` is to do, and what it did, in two files that all nodes of this machine see.
+
+    die_every: the process dies in every such batch of its own; slow_every, seconds: it sleeps in every such batch;
+    largest_batch, largest_area: above these it asks for more memory than there is; limit: it waits before it takes up
+    more batches than that, those of all processes counted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._deeds = path, path.with_name("deeds.txt")
+
+    def give(self, orders: Mapping[str, float]) -> None:
+        """Replace what was ordered before; begins to count anew."""
+        self._deeds.unlink(missing_ok=True)
+        self._write(orders)
+
+    def change(self, **orders: float) -> None:
+        """Add to what was ordered; the count goes on."""
+        self._write({**self.read(), **orders})
+
+    def read(self) -> dict[str, float]:
+        """What is ordered now; nothing where there is no file."""
+        return dict(json.loads(self._path.read_text())) if self._path.is_file() else {}
+
+    def did(self, deed: str) -> None:
+        """Note one deed."""
+        with self._deeds.open("a") as stream:
+            stream.write(f"{deed}\n")
+
+    def count(self, deed: str) -> int:
+        """How often it was done."""
+        return self._deeds.read_text().split().count(deed) if self._deeds.is_file() else 0
+
+    def _write(self, orders: Mapping[str, float]) -> None:
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text(json.dumps(orders))
+        fresh.replace(self._path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mortal(RequestedMask):
-    """`RequestedMask` that obeys orders from a file: dies every n batches, asks for too much memory, dawdles.
+    """`RequestedMask` that obeys `Orders`: dies every n batches, asks for too much memory, dawdles, waits.
 
     No fields, so that the plan and its images are the same whatever the orders.
     """
 
     def bind(self, batch: "DenoisingBatch") -> BoundRequestedMask:
-        global _batches
         assert batch.masks is not None
-        path = Path(os.environ.get(ORDERS, ""))
-        orders = json.loads(path.read_text()) if path.is_file() else {}
+        if ORDERS in os.environ:
+            self._obey(Orders(Path(os.environ[ORDERS])), batch.masks)
+        return super().bind(batch)
+
+    def _obey(self, told: Orders, masks: "torch.Tensor") -> None:
+        global _batches
         _batches += 1
+        told.did("batch")
+        while told.count("batch") > told.read().get("limit", float("inf")):
+            time.sleep(0.1)
+        orders = told.read()
         if orders.get("die_every") and _batches % orders["die_every"] == 0:
+            told.did("death")
             os._exit(1)
         if orders.get("slow_every") and _batches % orders["slow_every"] == 0:
+            told.did("sleep")
             time.sleep(orders["seconds"])
-        areas = batch.masks.flatten(1).count_nonzero(dim=1)
+        areas = masks.flatten(1).count_nonzero(dim=1)
         too_many = len(areas) > orders.get("largest_batch", len(areas))
         if too_many or int(areas.max()) > orders.get("largest_area", areas.max()):
             import torch
 
+            told.did("greed")
             torch.empty(2**50, dtype=torch.uint8)  # a petabyte: torch's own error of its CPU allocator
-        return super().bind(batch)
 
 
 def mortal() -> Recipe:
@@ -151,13 +202,13 @@ def largest_area(reference: Mapping[str, Mapping[str, Any]]) -> int:
 class FaultCluster:
     """A head without CPUs and two nodes; heals between cases."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.orders = folder / "orders.json"
+    def __init__(self, folder: Path, cpus_per_node: int = CPUS_PER_NODE) -> None:
+        self.folder, self.cpus_per_node = folder, cpus_per_node
+        self.orders = Orders(folder / "orders.json")
         self.variables = {
             "PYTHONPATH": str(ROOT),
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-            ORDERS: str(self.orders),
+            ORDERS: str(folder / "orders.json"),
         }
         self.head: LocalHead | None = None
 
@@ -179,7 +230,7 @@ class FaultCluster:
             self.head = LocalHead(0, variables=self.variables)
         for _ in range(START_TRIES):
             while len(self.head.nodes) < 2:
-                self.head.add_node(CPUS_PER_NODE)
+                self.head.add_node(self.cpus_per_node)
             lost = [node for node in self.head.nodes if not (node.wait_until_started() and node.is_running)]
             if not lost:
                 return self.head
@@ -200,7 +251,7 @@ class FaultCluster:
         """Kill what `kind` names."""
         assert self.head is not None
         if kind in ("node", "actor"):
-            actors = self._actors(driver)
+            actors = self.actors(driver)
             chosen = actors[choose.integers(len(actors))]
             if kind == "actor":
                 chosen[1].kill()
@@ -213,7 +264,7 @@ class FaultCluster:
             self.head.close()
             self.head = None
 
-    def _actors(self, driver: subprocess.Popen[bytes]) -> list[tuple[LocalNode, psutil.Process]]:
+    def actors(self, driver: subprocess.Popen[bytes]) -> list[tuple[LocalNode, psutil.Process]]:
         """The synthesizers and their nodes, once there are any."""
         deadline = time.monotonic() + JOB_SECONDS
         while driver.poll() is None and time.monotonic() < deadline:
@@ -228,6 +279,12 @@ class FaultCluster:
 def committed(uri: str) -> int:
     """Rows in a table; 0 where there is none yet."""
     return open_table(uri).count() if (Path(uri) / "_versions").is_dir() else 0
+
+
+def quarantined_in(uri: str) -> dict[str, int]:
+    """Quarantined requests of a table by reason."""
+    plans = set(open_table(uri).read(["plan_id"])["plan_id"].to_pylist())
+    return dict(Counter(entry.reason for plan_id in plans for entry in QuarantineLog(uri, plan_id).entries()))
 
 
 def run_with_fault(
@@ -255,7 +312,7 @@ def run_with_fault(
         "memory": {"largest_batch": 1, "largest_area": largest_area(reference) - 1},
         "straggler": {"slow_every": 4, "seconds": 3.0},
     }
-    cluster.orders.write_text(json.dumps(orders.get(kind, {})))
+    cluster.orders.give(orders.get(kind, {}))
     begin = time.monotonic()
     driver = cluster.start_verb("synthesize", argv, log)
     try:
@@ -275,12 +332,11 @@ def run_with_fault(
         driver.wait()
     end = time.monotonic()
     assert status == 0, f"exit status {status}: {log.read_text()[-3000:]}"
-    quarantined: dict[str, int] = {}
-    for plan_id in set(open_table(uri).read(["plan_id"])["plan_id"].to_pylist()):
-        for entry in QuarantineLog(uri, plan_id).entries():
-            quarantined[entry.reason] = quarantined.get(entry.reason, 0) + 1
+    quarantined = quarantined_in(uri)
     check_equal(uri, reference, missing=sum(quarantined.values()))
     assert quarantined == ({"out_of_memory": 1} if kind == "memory" else {}), quarantined
+    deed = {"every_n_batches": "death", "memory": "greed", "straggler": "sleep"}.get(kind, "batch")
+    assert cluster.orders.count(deed) >= 1, f"no {deed} took place"
     return Outcome(
         kind=kind,
         rows_at_fault=at_fault,

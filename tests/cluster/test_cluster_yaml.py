@@ -42,6 +42,16 @@ def test_nodes_know_storage_and_mlflow_and_share_the_token(config: dict) -> None
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
+def test_jobs_are_told_how_large_the_cluster_may_become(config: dict) -> None:
+    from jobs.kuberay import growth
+
+    assert growth(config) == {"FACTORY_MAX_CPUS": "96", "FACTORY_MAX_GPUS": "8"}
+    told = " ".join(config["initialization_commands"])
+    assert all(f"{name}={value}" in told for name, value in growth(config).items()), (
+        "cluster.yaml says the sum"
+    )
+
+
 def test_the_head_computes_nothing_and_workers_are_spot(config: dict) -> None:
     types = dict(config["available_node_types"])
     assert types.pop(config["head_node_type"])["resources"]["CPU"] == 0

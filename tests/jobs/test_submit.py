@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))  # planted.py lies there
+
+from planted import write_real, write_synthetic
 
 from factory.storage import open_table
 from factory.training.metrics import read_metrics
@@ -87,6 +90,11 @@ def _submitted_curate(shell: Shell) -> None:
     assert len(accepted) == 6 and None not in accepted
 
 
+def _submitted_explore(shell: Shell) -> None:
+    found = json.loads((shell.folder / "explored" / "results.json").read_text())
+    assert len(found["searches"]["fixed-seed-0"]["epochs"]) == 1
+
+
 VERBS = {
     "train": (
         "--recipe tiny --real {real} --out trained --max-steps 2 --num-workers 0 --no-use-gpu --training.batch-size 2 "
@@ -99,18 +107,26 @@ VERBS = {
         _submitted_synthesize,
     ),
     "curate": ("s.lance --real {real} --no-copy-test --num-threads 1", _submitted_curate),
+    "explore": (
+        "sampler --real {planted}/real.lance --synthetic {planted}/good.lance --out explored --policy fixed "
+        "--initial-count 1 --epochs 1 --episodes 1 --steps-per-epoch 2 --real-per-batch 4 --size 32",
+        _submitted_explore,
+    ),
 }
 """What is run over HTTP: arguments of a verb, relative to the laptop's folder, and what must have come of it."""
 
 
 @pytest.fixture(scope="module")
 def submitted(
-    shell: Shell, real_table: str, generator_folder: Path
+    shell: Shell, real_table: str, generator_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, subprocess.CompletedProcess[str]]:
     """What each verb's submission said. The first runs beside the others: most of each is imports."""
+    planted = tmp_path_factory.mktemp("planted")
+    rows = write_real(planted / "real.lance", {"train": 16, "val": 40, "test": 4}, 0)
+    write_synthetic(planted / "good.lance", rows, 40, 5)
 
     def argv(verb: str) -> list[str]:
-        return VERBS[verb][0].format(real=real_table, generator=generator_folder).split()
+        return VERBS[verb][0].format(real=real_table, generator=generator_folder, planted=planted).split()
 
     first, *others = VERBS
     beside = shell.start("submit", "--job-id", f"the-{first}", first, *argv(first))
@@ -203,9 +219,11 @@ def test_every_submittable_verb_names_fields_that_its_arguments_have() -> None:
     from jobs.cli import VERBS as ALL
 
     for name, described in SUBMITTABLE.items():
-        assert name in ALL
-        fields = {field.name for field in dataclasses.fields(importlib.import_module(f"jobs.{name}").Args)}
-        assert {*described.paths, *described.positionals} <= fields
+        assert name.split()[0] in ALL
+        module = importlib.import_module(described.module or f"jobs.{name}")
+        fields = {field.name for field in dataclasses.fields(module.Args)}
+        assert {*described.paths, *described.positionals, *described.folders} <= fields
+        assert set(described.folders) <= set(described.paths)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +237,19 @@ def test_every_submittable_verb_names_fields_that_its_arguments_have() -> None:
             ["--recipe", "tiny", "--real", "r", "--out", "o", "--num-cpus", "4"],
             "--num-cpus of train",
         ),
+        (
+            "train",
+            ["--recipe", "tiny", "--real", "s3://b/r.lance", "--out", "s3://b/run"],
+            "--out s3://b/run: plain files",
+        ),
         ("browse", [], "cannot be submitted"),
+        ("explore", [], "'explore' cannot be submitted; .* explore ratio, explore sampler"),
+        ("explore", ["ration"], "'explore ration' cannot be submitted"),
+        (
+            "explore",
+            ["sampler", "--real", "r", "--synthetic", "s", "--out", "o", "--num-cpus", "4"],
+            "--num-cpus of explore",
+        ),
     ],
 )
 def test_bad_arguments_fail_before_anything_is_sent(verb: str, argv: Sequence[str], message: str) -> None:
@@ -232,15 +262,17 @@ def test_a_value_of_the_wrong_type_fails_before_anything_is_sent() -> None:
         parse_command("synthesize", [*SYNTHESIZE, "--num-requests", "many"], ROOT)
     with pytest.raises(SystemExit):
         parse_command("synthesize", [*SYNTHESIZE, "--sampling.num-inference-steps", "few"], ROOT)
+    with pytest.raises(SystemExit):  # neither --synthetic nor --fold-table
+        parse_command("explore", ["ratio", "--real", "r", "--task", "classification", "--out", "o"], ROOT)
 
 
 def test_a_command_comes_out_as_it_was_meant() -> None:
-    argv = ["--recipe=tiny", "--real", "s3://b/r.lance", "--out", "s3://b/my run", "--no-use-gpu", "--overwrite",
+    argv = ["--recipe=tiny", "--real", "s3://b/r.lance", "--out", "/shared/my run", "--no-use-gpu", "--overwrite",
             "--training.batch-size", "2"]  # fmt: skip
     command = parse_command("train", argv, ROOT)
     assert parse_command("train", command.argv(), ROOT) == command
     assert command.entrypoint().startswith("python -m jobs.cli train ")
-    assert "'s3://b/my run'" in command.entrypoint()
+    assert "'/shared/my run'" in command.entrypoint()
     positional = parse_command("curate", ["--real", "r.lance", "--no-copy-test", "s.lance"], ROOT)
     assert positional.argv() == ["s.lance", "--real", "r.lance", "--no-copy-test"]
     adapted = parse_command("synthesize", [*SYNTHESIZE, "--adapters", "a", "b"], ROOT)
@@ -272,6 +304,22 @@ def test_local_paths_are_refused_where_the_cluster_cannot_see_them(
     in_tree = parse_command("curate", ["s3://b/o.lance", "--real", str(ROOT / "docs" / "real")], ROOT)
     sent = with_paths(in_tree, tree=ROOT, sent=("docs/real/data.bin",), shared=False)
     assert sent.args.real == "docs/real", "what is sent is named from the tree's root"
+
+
+def test_explore_is_placed_like_the_other_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mobilenetv2_100").mkdir()  # a model's name stays one, whatever lies here
+    words = ["ratio", "--real", "r.lance", "--fold-table", "0=a.lance", "1=s3://b/c.lance", "--task", "classification",
+             "--model", "mobilenetv2_100", "--where", "", "area > 20", "--out", "found"]  # fmt: skip
+    command = parse_command("explore", words, ROOT)
+    with pytest.raises(ValueError, match=r"--real r.lance: .*--allow-local-paths"):
+        with_paths(command, tree=ROOT, sent=(), shared=False)
+    placed = with_paths(command, tree=ROOT, sent=(), shared=True)
+    assert placed.args.fold_table == (f"0={tmp_path}/a.lance", "1=s3://b/c.lance")
+    assert (placed.args.real, placed.args.out) == (f"{tmp_path}/r.lance", f"{tmp_path}/found")
+    assert placed.args.model == ("mobilenetv2_100",) and placed.args.where == ("", "area > 20")
+    assert placed.entrypoint().startswith("python -m jobs.cli explore ratio ")
+    assert parse_command("explore", ["ratio", *placed.argv()], ROOT) == placed
 
 
 def test_an_override_that_names_a_local_file_is_placed_too(
