@@ -126,10 +126,11 @@ ray.shutdown()
 """
 
 
+@pytest.mark.soak
 def test_an_object_store_that_is_too_small_spills_and_loses_nothing(
     tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """A fragment of 120 MB passes a store of 80 MB."""
+    """A fragment of 120 MB passes a store of 80 MB; Ray Data lets one batch pass every ten seconds then."""
     done = subprocess.run(
         [sys.executable, "-c", SMALL_STORE, str(tmp_path)], cwd=pytestconfig.rootpath, capture_output=True, text=True,
         timeout=500, check=False,
