@@ -28,11 +28,10 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 demo: setup
 	$(BIN)/factory demo
 
-# Two halves at once: what starts Ray mostly waits, the rest computes. The faults of several nodes are for `make soak`.
+# Two halves at once: what starts Ray mostly waits, the rest computes.
 SLOW_TESTS := tests/jobs tests/cluster
-FAULT_TESTS := tests/cluster/test_faults.py
 test: setup
-	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu and not soak" $(SLOW_TESTS) --ignore=$(FAULT_TESTS) > $$log 2>&1 & slow=$$!; \
+	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu and not soak" $(SLOW_TESTS) > $$log 2>&1 & slow=$$!; \
 	$(BIN)/python -m pytest -m "not gpu and not soak" tests $(SLOW_TESTS:%=--ignore=%); rest=$$?; \
 	wait $$slow; slow=$$?; cat $$log; rm -f $$log; exit $$((rest | slow))
 
@@ -50,9 +49,9 @@ bench: setup
 soak: setup
 	FACTORY_KILL_RUNS=200 $(BIN)/python -m pytest tests/storage/test_kills.py
 	$(BIN)/python -m pytest -m soak
-	$(BIN)/python -m pytest $(FAULT_TESTS)
 	$(BIN)/python benchmarks/fault_campaign.py --runs 20
 	$(BIN)/python benchmarks/soak.py --minutes 30
+	$(BIN)/python benchmarks/scaling.py
 
 lock: setup
 	$(COMPILE) pyproject.toml --extra cpu -o requirements/cpu.txt

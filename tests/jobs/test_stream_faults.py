@@ -86,6 +86,7 @@ def test_a_straggler_does_not_stop_the_others(ray_local: None, tmp_path: Path) -
     assert order.index(True) >= 20, "others came while it was under way"
 
 
+@pytest.mark.soak
 def test_broken_storage_ends_the_stream_and_it_goes_on_when_mended(ray_local: None, tmp_path: Path) -> None:
     uri = str(tmp_path / "out.lance")
     data, away = Path(uri) / "data", tmp_path / "away"

@@ -209,7 +209,7 @@ def test_a_request_that_kills_its_process_is_quarantined_alone(
     assert len(entries) == 1 and "alone" in entries[0].error
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_killed_driver_and_the_same_command_again(base_args: Args, tmp_path: Path) -> None:
     out = str(tmp_path / "killed.lance")
