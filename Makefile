@@ -28,12 +28,12 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 demo: setup
 	$(BIN)/factory demo
 
-# Two halves at once: what starts Ray mostly waits, the rest computes.
-SLOW_TESTS := tests/jobs tests/cluster
+# Two halves at once, of about the same time.
+HALF := tests/jobs tests/tune
 test: setup
-	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu and not soak" $(SLOW_TESTS) > $$log 2>&1 & slow=$$!; \
-	$(BIN)/python -m pytest -m "not gpu and not soak" tests $(SLOW_TESTS:%=--ignore=%); rest=$$?; \
-	wait $$slow; slow=$$?; cat $$log; rm -f $$log; exit $$((rest | slow))
+	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu and not soak" $(HALF) > $$log 2>&1 & half=$$!; \
+	$(BIN)/python -m pytest -m "not gpu and not soak" tests $(HALF:%=--ignore=%); rest=$$?; \
+	wait $$half; half=$$?; cat $$log; rm -f $$log; exit $$((rest | half))
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -88,6 +88,7 @@ def test_an_independent_detector_finds_no_pair_across_splits(
     assert not names
 
 
+@pytest.mark.soak
 def test_the_independent_detector_would_have_found_them(
     prepared: PreparedDataset, found: list[Keypoints]
 ) -> None:

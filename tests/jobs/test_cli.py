@@ -127,7 +127,7 @@ def test_a_missing_file_met_by_a_library_is_named(
         "def command(argv):\n    return {}['boom']",
         "import json\ndef command(argv):\n    json.loads('boom')",
         "import fractions\ndef command(argv):\n    fractions.Fraction('boom')",
-        f"def command(argv):\n    raise OSError({errno.EIO}, 'boom')",
+        f"def command(argv):\n    raise OSError({errno.EDOM}, 'boom')",
     ],
 )
 def test_the_unexpected_keeps_its_traceback_and_exit_one(
