@@ -103,23 +103,26 @@ def pool_folds(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def mean_auc(labels: np.ndarray, probabilities: np.ndarray, folds: np.ndarray) -> float:
+def mean_auc(
+    labels: np.ndarray, probabilities: np.ndarray, folds: np.ndarray, classes: Sequence[int] | None = None
+) -> float:
     """AUC averaged over models and folds; of the second of two classes, else the mean one-versus-rest.
 
     Args:
         labels: (n,) classes.
         probabilities: (M, n, C) of M models.
         folds: (n,) rows of one fold are ranked among themselves.
+        classes: to average over where there are more than two; all by default.
 
     Returns:
         NaN where a class is missing from a fold.
     """
     num_classes = probabilities.shape[2]
-    classes = [1] if num_classes == 2 else range(num_classes)
+    chosen = [1] if num_classes == 2 else range(num_classes) if classes is None else classes
     areas = []
     for fold in np.unique(folds).tolist():
         inside = folds == fold
-        for c in classes:
+        for c in chosen:
             positive = labels[inside] == c
             positives = int(positive.sum())
             negatives = len(positive) - positives
@@ -135,6 +138,7 @@ class PrimaryMetric:
 
     Attributes:
         rows: int64 (n,), evaluation rows that count: all, or those with a lesion.
+        classes: that an AUC is averaged over: all, or of a subgroup those that it has (small lesions are of no healthy class).
         groups, strata: of these, for resampling: each class stays in each fold.
         is_mean: whether the metric is a mean over rows.
     """
@@ -145,6 +149,7 @@ class PrimaryMetric:
             chosen = chosen & (scores.areas > 0)
         self.rows = np.flatnonzero(chosen)
         self.is_mean = scores.task == "segmentation"
+        self.classes = None if rows is None else np.unique(scores.labels[self.rows]).tolist()
         self.labels, self.folds = scores.labels[self.rows], scores.folds[self.rows]
         self.groups = np.array(scores.groups)[self.rows]
         self.strata = self.folds if self.is_mean else self.folds * len(scores.class_names) + self.labels
@@ -157,7 +162,7 @@ class PrimaryMetric:
         """Of models' values (M, n, V) on row numbers; the mean over models."""
         if self.is_mean:
             return float(values[:, rows, 0].mean())
-        return mean_auc(self.labels[rows], values[:, rows], self.folds[rows])
+        return mean_auc(self.labels[rows], values[:, rows], self.folds[rows], self.classes)
 
     def is_defined(self) -> bool:
         """Whether there are two groups, and of each class in each fold one."""

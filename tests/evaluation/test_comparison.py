@@ -114,6 +114,30 @@ def test_subgroups_cover_the_rows_by_size_and_by_what_the_caller_names() -> None
     assert all(group.difference is None for group in _arm(table, "oracle").subgroups)
 
 
+def test_a_subgroup_without_a_class_is_judged_on_the_classes_it_has() -> None:
+    """Healthy images have no lesion, so no lesion size holds all three classes."""
+    scores = _scores({"synthetic": 0.5})
+    labels, areas = scores.labels.copy(), scores.areas.copy()
+    labels[:20], areas[:20] = 2, 0
+    healthy = np.where(labels == 2, 0.5, 0.1)[:, None]
+    values = {
+        key: np.concatenate(
+            [value * (1 - healthy), np.broadcast_to(healthy, (*value.shape[:-1], 1))], axis=-1
+        )
+        for key, value in scores.values.items()
+    }
+    three = replace(
+        scores, class_names=(*scores.class_names, "normal"), labels=labels, areas=areas, values=values,
+        train_counts=np.array([10, 10, 10]),
+    )  # fmt: skip
+    named = {
+        group.name: group
+        for group in _arm(compare(three, primary="synthetic 1×", **FEW), "synthetic").subgroups
+    }
+    assert {"size small", "size medium", "size large", "device A"} <= set(named)
+    assert all(0.5 < group.value < 1 and group.difference is not None for group in named.values())
+
+
 def test_empty_truths_leave_dice_and_enter_the_false_positive_rate() -> None:
     scores = _scores({}, task="segmentation")
     values = {key: value.copy() for key, value in scores.values.items()}
