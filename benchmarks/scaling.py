@@ -47,23 +47,28 @@ SOAKS = {
     "scaling-64-actors": ("--batch-size", "64", "--actors", "64", "--seconds-per-batch", "1"),
 }
 FITTED = ("scaling-64-1024", "scaling-256-1024", "scaling-64-128")
-FITTED_ACTORS = "scaling-16-actors"
+FITTED_ACTORS = ("scaling-16-actors", "scaling-64-actors")
 SERIAL = ("driver", "synthesizer", "embedder", "raylet", "gcs")
 """Roles of one process each on the machine of the soak; none can use more than a processor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Processor seconds of one role: per block, per fragment and per row, and per second for each actor."""
+    """Processor seconds of one role: per block, fragment and row, and per second, of the stream and for each actor."""
 
     block: float
     fragment: float
     row: float
+    second: float = 0.0
     actor_second: float = 0.0
 
     def per_row(self, block_rows: float, fragment_rows: float) -> float:
         """Seconds of a row in blocks and fragments of so many rows."""
         return self.block / block_rows + self.fragment / fragment_rows + self.row
+
+    def idle(self, actors: float) -> float:
+        """Share of a processor that so many waiting actors take; 0 without actors that wait."""
+        return self.second + self.actor_second * actors if actors else 0.0
 
 
 def soak_results() -> dict[str, dict[str, Any]]:
@@ -93,12 +98,13 @@ def run_soaks(minutes: float, again: bool) -> None:
 
 
 def fit(soaks: Mapping[str, Mapping[str, Any]]) -> dict[str, Costs]:
-    """Costs by role from three soaks of one actor, by non-negative least squares, and one of several actors."""
+    """Costs by role from three soaks of one actor and two of many, by non-negative least squares."""
     from scipy.optimize import nnls
 
     runs = [soaks[name] for name in FITTED]
     terms = np.array([[1 / run["rows_per_block"], 1 / run["rows_per_fragment"], 1.0] for run in runs])
-    several = soaks[FITTED_ACTORS]
+    several = [soaks[name] for name in FITTED_ACTORS]
+    actors = np.array([[1.0, run["actors"]] for run in several])
     found = {}
     for role in runs[0]["cpu_seconds_per_row"]:
         seconds = np.array([run["cpu_seconds_per_row"][role] for run in runs])
@@ -107,9 +113,13 @@ def fit(soaks: Mapping[str, Mapping[str, Any]]) -> dict[str, Costs]:
             nnls(terms / seconds[:, None], np.ones(len(runs)))[0] if seconds.all() else np.zeros(3)
         )
         costs = Costs(block=float(block), fragment=float(fragment), row=float(row))
-        per_row = costs.per_row(several["rows_per_block"], several["rows_per_fragment"])
-        rest = several["cpus_in_use"][role] - several["settled_rows_per_second"] * per_row
-        found[role] = dataclasses.replace(costs, actor_second=max(rest, 0.0) / several["actors"])
+        rest = [
+            run["cpus_in_use"][role]
+            - run["settled_rows_per_second"] * costs.per_row(run["rows_per_block"], run["rows_per_fragment"])
+            for run in several
+        ]
+        second, actor_second = nnls(actors, np.maximum(rest, 0.0))[0]
+        found[role] = dataclasses.replace(costs, second=float(second), actor_second=float(actor_second))
     return found
 
 
@@ -117,7 +127,7 @@ def predict(costs: Mapping[str, Costs], run: Mapping[str, Any]) -> dict[str, Any
     """Rate and processor seconds per row of a soak, from the costs: all roles share the cores that others leave."""
     actors = run["actors"] if run["seconds_per_batch"] else 0
     per_row = {r: c.per_row(run["rows_per_block"], run["rows_per_fragment"]) for r, c in costs.items()}
-    idle = {role: cost.actor_second * actors for role, cost in costs.items()}
+    idle = {role: cost.idle(actors) for role, cost in costs.items()}
     cores = max((os.cpu_count() or 1) - run["cpus_of_others"], 0.1)
     limits = {role: max(1 - idle[role], 0.0) / per_row[role] for role in SERIAL if per_row[role]}
     limits["cores"] = max(cores - sum(idle.values()), 0.0) / sum(per_row.values())
@@ -142,8 +152,8 @@ def ceilings(costs: Mapping[str, Costs], rows: Mapping[str, float], gpus: int) -
     """Rows per second that each thing shared by the whole cluster allows."""
     driver, gcs = costs["driver"], costs["gcs"]
     return {
-        "driver": max(1 - gpus * driver.actor_second, 0.0) / driver.per_row(**SETTINGS),
-        "gcs": max(1 - gpus * gcs.actor_second, 0.0) / max(gcs.per_row(**SETTINGS), 1e-9),
+        "driver": max(1 - driver.idle(gpus), 0.0) / driver.per_row(**SETTINGS),
+        "gcs": max(1 - gcs.idle(gpus), 0.0) / max(gcs.per_row(**SETTINGS), 1e-9),
         "object store": STORE_BYTES_PER_SECOND / rows["bytes"],
     }
 
@@ -172,9 +182,10 @@ def evaluate(costs: Mapping[str, Costs], rows: Mapping[str, float]) -> list[dict
 
 
 def saturation(costs: Mapping[str, Costs]) -> dict[str, float]:
-    """GPUs at which the driver is the ceiling, by seconds per image: n / t = (1 - n a) / c."""
+    """GPUs at which the driver is the ceiling, by seconds per image: n / t = (1 - s - n a) / c."""
     driver = costs["driver"]
-    return {str(t): t / (driver.per_row(**SETTINGS) + driver.actor_second * t) for t in IMAGE_SECONDS}
+    share = 1 - driver.second
+    return {str(t): share * t / (driver.per_row(**SETTINGS) + driver.actor_second * t) for t in IMAGE_SECONDS}
 
 
 def row_costs(num_rows: int) -> dict[str, float]:
@@ -341,14 +352,14 @@ def draw(costs: Mapping[str, Costs], rows: Mapping[str, float], path: Path) -> N
 def model(results: dict[str, Any], plot: Path) -> None:
     """Fit, check, evaluate and draw; into `results`."""
     soaks = soak_results()
-    lacking = [name for name in (*FITTED, FITTED_ACTORS) if name not in soaks]
+    lacking = [name for name in (*FITTED, *FITTED_ACTORS) if name not in soaks]
     if lacking or "rows" not in results:
         raise SystemExit(f"the model needs the parts rows and soaks first; soaks without a result: {lacking}")
     costs = fit(soaks)
     results["costs"] = {role: dataclasses.asdict(cost) for role, cost in costs.items()}
-    results["fitted_to"] = [*FITTED, FITTED_ACTORS]
+    results["fitted_to"] = [*FITTED, *FITTED_ACTORS]
     results["checks"] = {
-        name: predict(costs, run) for name, run in soaks.items() if name not in (*FITTED, FITTED_ACTORS)
+        name: predict(costs, run) for name, run in soaks.items() if name not in (*FITTED, *FITTED_ACTORS)
     }
     results["table"] = evaluate(costs, results["rows"])
     results["gpus_at_driver_saturation"] = saturation(costs)
