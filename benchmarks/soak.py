@@ -136,6 +136,10 @@ class CpuByRole:
             totals[role] += seconds
         return totals
 
+    def role_of(self, process: psutil.Process) -> str:
+        """The role that a process was last seen in."""
+        return self._seen.get(process.pid, ("other", 0.0))[0]
+
     @staticmethod
     def _role(command: list[str]) -> str:
         title = command[0] if command else ""
@@ -148,23 +152,25 @@ class CpuByRole:
         return {"raylet": "raylet", "gcs_server": "gcs"}.get(name, "other")
 
 
-def memory() -> dict[str, float]:
-    """Resident memory of the driver, of all Ray processes, and bytes of the object store in use; MB."""
+def memory(cpu: CpuByRole) -> dict[str, float]:
+    """Memory of their own of the driver, of Ray's processes by role and in all, and the object store in use; MB.
+
+    Shared pages, such as the object store's, are not counted in each.
+    """
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     driver = psutil.Process()
-    others = 0
-    for process in driver.children(recursive=True):
+    found = {f"{role}_mb": 0.0 for role in cpu.ROLES}
+    for process in (driver, *driver.children(recursive=True)):
         try:
-            info = process.memory_full_info()
-            others += info.uss  # shared pages, such as the object store's, are not counted in each
+            found[f"{cpu.role_of(process)}_mb"] += process.memory_full_info().uss / 1e6
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     reply = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address))
     return {
-        "driver_mb": driver.memory_full_info().uss / 1e6,
-        "ray_mb": others / 1e6,
+        **found,
+        "ray_mb": sum(found.values()) - found["driver_mb"],
         "object_store_mb": reply.store_stats.object_store_bytes_used / 1e6,
     }
 
@@ -211,7 +217,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 used = {f"cpu_{role}": seconds for role, seconds in cpu().items()}
                 machine = psutil.cpu_times()
                 used["cpu_machine"] = machine.user + machine.nice + machine.system
-                samples.append({"seconds": now - first, "rows": done, **memory(), **used})
+                samples.append({"seconds": now - first, "rows": done, **memory(cpu), **used})
                 print(" ".join(f"{key}={value:.0f}" for key, value in samples[-1].items()), flush=True)
             if now - first >= 60 * args.minutes:
                 break
@@ -238,7 +244,8 @@ def _summary(
         name: float(np.polyfit(time_of, [sample[name] for sample in settled], 1)[0])
         if len(settled) > 2
         else None
-        for name in ("driver_mb", "ray_mb", "object_store_mb")
+        for name in samples[0]
+        if name.endswith("_mb")
     }
     rate = done / seconds
     possible = args.actors * args.batch_size / args.seconds_per_batch if args.seconds_per_batch else None
