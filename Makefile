@@ -28,8 +28,9 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 demo: setup
 	$(BIN)/factory demo
 
-# Two halves at once, of about the same time.
+# Two halves at once, of about the same time, a thread each.
 HALF := tests/jobs tests/tune
+test: export OMP_NUM_THREADS = 1
 test: setup
 	@log=$$(mktemp); $(BIN)/python -m pytest -m "not gpu and not soak" $(HALF) > $$log 2>&1 & half=$$!; \
 	$(BIN)/python -m pytest -m "not gpu and not soak" tests $(HALF:%=--ignore=%); rest=$$?; \
